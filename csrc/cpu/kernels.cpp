@@ -1,0 +1,156 @@
+// The CPU's measure, decide, apply: chunks handed out to torch's own threads, sums added up in the order of the chunks.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+// torch's C shim, stable since 2.10: at::parallel_for and at::get_num_threads.
+extern "C" {
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
+                           void (*function)(int64_t begin, int64_t end, void* context), void* context);
+int32_t torch_get_num_threads(uint32_t* count);
+}
+
+namespace lrk::cpu {
+namespace {
+
+constexpr int kTile = 1024;             // elements: seven tiles of float stay in a first-level cache of 32 KiB
+constexpr int64_t kChunk = 64 * kTile;  // elements: what one thread takes at a time
+constexpr int64_t kGrain = 1 << 15;     // elements: under this, one thread does it all
+
+namespace baseline {
+#include "tiles.h"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LRK_X86_64_V3
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+namespace x86_64_v3 {
+#include "tiles.h"
+}
+#pragma GCC pop_options
+#endif
+
+using RunRow = void (*)(const Job&, const Row&, int64_t, int64_t, bool, bool, double*);
+
+bool has_x86_64_v3() {
+#if defined(LRK_X86_64_V3)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+RunRow run_row() {
+#if defined(LRK_X86_64_V3)
+  static const bool wide = has_x86_64_v3();
+  return wide ? x86_64_v3::run_row : baseline::run_row;
+#else
+  return baseline::run_row;
+#endif
+}
+
+struct Chunk {
+  const Row* row;
+  int64_t begin, end;
+};
+
+std::vector<Chunk> chunks_of(const std::vector<Row>& rows) {
+  std::vector<Chunk> chunks;
+  for (const Row& row : rows)
+    for (int64_t begin = 0; begin < row.numel; begin += kChunk)
+      chunks.push_back({&row, begin, std::min(begin + kChunk, row.numel)});
+  return chunks;
+}
+
+// Runs f(0) ... f(count - 1), each once, on torch's threads; the threads take the next index as they come free.
+template <class F>
+void parallel(int64_t count, int64_t elements, const F& f) {
+  uint32_t threads = 1;
+  if (elements > kGrain) torch_get_num_threads(&threads);
+  std::atomic<int64_t> ticket{0};
+  auto worker = [&] {
+    for (int64_t i = ticket++; i < count; i = ticket++) f(i);
+  };
+  if (threads <= 1) return worker();
+  const auto call = [](int64_t, int64_t, void* context) { (*static_cast<decltype(worker)*>(context))(); };
+  torch_parallel_for(0, threads, 1, call, &worker);
+}
+
+// A skipped step measures nothing: its history says NaN.
+void skip(const Job& job) {
+  std::fill_n(job.control + kSumsAt, int(kSums), NAN);
+}
+
+// One pass over all chunks. Backwards, the gradients that a pass before this one read last are still in the cache.
+void pass(const Job& job, const std::vector<Chunk>& chunks, bool measuring, bool applying, bool backwards) {
+  static thread_local std::vector<double> partials;
+  partials.assign(chunks.size() * kSums, 0.0);
+  double* const partial = partials.data();
+  int64_t elements = 0;
+  for (const Row& row : job.rows) elements += row.numel;
+  const int64_t count = int64_t(chunks.size());
+  const RunRow run = run_row();
+  parallel(count, elements, [&](int64_t i) {
+    const int64_t k = backwards ? count - 1 - i : i;
+    run(job, *chunks[k].row, chunks[k].begin, chunks[k].end, measuring, applying, partial + k * kSums);
+  });
+  double* sums = job.control + kSumsAt;
+  for (int k = 0; k < kSums; ++k) {
+    if (k == kMoveSq ? !applying : !measuring) continue;
+    sums[k] = 0;
+    for (int64_t i = 0; i < count; ++i) sums[k] += partial[i * kSums + k];
+  }
+}
+
+void advance(const Job& job) {
+  if (job.control[kSkip] == 0) {
+    for (const Row& row : job.rows) {
+      row.counts[kUpdates] += 1;
+      if (row.prev_write) row.counts[kHasPrev] = 1;
+    }
+  }
+  const double multiplier = at(job.table, job.table_size, job.control[kStep]);
+  const double scale = job.grad_scale ? double(*job.grad_scale) : 1.0;
+  finish(job.control, job.settings, job.decay, job.decay_size, job.history, job.history_size, job.lr[0], multiplier,
+         scale);
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  return has_x86_64_v3() ? "x86-64-v3 (AVX2, FMA)" : "baseline";
+}
+
+// MEASURE begins a step and APPLY ends it, so that the verbs may come in separate calls.
+void run(Job& job, int verbs) {
+  const std::vector<Chunk> chunks = chunks_of(job.rows);
+  const bool one_pass = verbs == kStepVerbs && !job.two_pass;
+  if (verbs & kMeasureVerb) {
+    begin(job.control, job.found_inf && *job.found_inf != 0);
+    if (job.control[kSkip] != 0)
+      skip(job);
+    else if (!one_pass)
+      pass(job, chunks, true, false, false);
+  }
+  if (one_pass) {
+    if (job.control[kSkip] == 0) pass(job, chunks, job.measure != 0, true, false);
+    if (job.measure) decide(job.control, job.settings, job.lr[0], job.rule, false);
+    return advance(job);
+  }
+  if (verbs & kDecideVerb) decide(job.control, job.settings, job.lr[0], job.rule, true);
+  if (verbs & kApplyVerb) {
+    if (job.control[kSkip] == 0) pass(job, chunks, false, true, true);
+    advance(job);
+  }
+}
+
+}  // namespace lrk::cpu

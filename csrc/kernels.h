@@ -1,0 +1,60 @@
+// The seam between Python and the kernels: raw pointers and sizes, no torch types.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rules.h"
+
+namespace lrk {
+
+enum Dtype : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+
+// What to take while the step runs; a set of bits.
+enum Measure { kNorms = 1, kDirection = 2, kPrevious = 4, kMove = 8 };
+
+constexpr int kStates = 3;  // sgd: momentum_buffer; adamw: exp_avg, exp_avg_sq, max_exp_avg_sq
+
+// One parameter: flat memory, because all of its tensors share one dense layout. A null pointer is a tensor that is
+// not there; a row without a gradient is left out of the list.
+struct Row {
+  void* param;
+  const void* grad;
+  void* states[kStates];
+  const void* prev_read;  // the previous gradient
+  void* prev_write;       // where to keep this one; null when nothing is kept or the caller keeps the tensor itself
+  float* counts;
+  int64_t numel;
+  int32_t group;
+  Dtype param_dtype, grad_dtype, state_dtype, prev_dtype;
+};
+
+// One step over all rows. Every pointer is on the rows' device.
+struct Job {
+  std::vector<Row> rows;
+  double* control;
+  const double* settings;
+  const double* lr;     // one rate per group
+  const double* hyper;  // one row per group
+  const double* table;  // the open-loop multipliers
+  int64_t table_size;
+  const double* decay;  // volsched's own
+  int64_t decay_size;
+  double* history;
+  int64_t history_size;
+  const float* found_inf;
+  const float* grad_scale;
+  int rule;
+  int measure;
+  bool two_pass;
+};
+
+// Which of the verbs one call runs; a set of bits. All of them is a whole step.
+enum Verb { kMeasureVerb = 1, kDecideVerb = 2, kApplyVerb = 4, kStepVerbs = 7 };
+
+namespace cpu {
+void run(Job& job, int verbs);
+const char* instruction_set();
+}  // namespace cpu
+
+}  // namespace lrk
