@@ -1,0 +1,324 @@
+"""The operators: measure, decide, apply, and step, which is all three in one call.
+
+Their schemas are here, once. The eager implementation below is the reference and the fallback on every device; the
+native kernels serve the CPU when the binary is there. All of them work on the same arguments:
+
+========================  =============================================================================================
+``params, grads``         one entry per parameter; a missing gradient leaves its parameter alone
+``state0, 1, 2``          momentum buffers (sgd), or the first, second and maximal second moments (adamw); or empty
+``prev_read``             the previous gradients, or empty
+``prev_write``            where to keep this gradient, and where the previous one is; or empty
+``groups``                int32, on the CPU: the group of each parameter
+``counts``                float32 ``[params, 2]``: updates so far, and whether ``prev_write`` holds a gradient
+``control``               float64: what a step leaves for the next, its statistics and sums (``layout.Control``)
+``settings, hyper``       float64, on the CPU: what the decision is told; one row of hyper-parameters per group
+``lr``                    float64 ``[groups]``: the base rates
+``table, decay``          float64: the open-loop multipliers of each step; volsched's own decay
+``history``               float64 ``[history_size, stats]``: a ring, one row per step
+``found_inf, grad_scale`` float32, one element: a gradient scaler's verdict and its scale; or None
+``rule, measure``         ``layout.Rule``, ``layout.Measure``
+``two_pass``              measure and decide before this step's update, rather than while it runs
+========================  =============================================================================================
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .layout import SUMS_AT, Control, Count, Hyper, Measure, Rule, Sum, Verb
+
+try:
+    from . import _C  # type: ignore[attr-defined]
+
+    _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
+    why_no_native = ""
+except (ImportError, AttributeError, ValueError) as error:
+    _C = None
+    why_no_native = f"{type(error).__name__}: {error}"
+
+__all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
+
+EAGER, NATIVE, TRITON = "eager", "native", "triton"
+LISTS = 7  # the arguments that are lists of tensors come first
+
+_READ = "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor?[] prev_read"
+_WRITTEN = (
+    "Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, Tensor(d!)[] state2, "
+    "Tensor?[] prev_read"
+)
+_REST = (
+    "Tensor groups, Tensor(f!) counts, Tensor(g!) control, Tensor settings, Tensor lr, Tensor hyper, Tensor table, "
+    "Tensor decay, Tensor(h!) history, Tensor? found_inf, Tensor? grad_scale, *, int rule, int measure, bool two_pass"
+)
+SCHEMAS = {
+    Verb.MEASURE: f"measure_({_READ}, Tensor[] prev_write, {_REST}) -> ()",
+    Verb.DECIDE: f"decide_({_READ}, Tensor[] prev_write, {_REST}) -> ()",
+    Verb.APPLY: f"apply_({_WRITTEN}, Tensor(e!)[] prev_write, {_REST}) -> ()",
+    Verb.STEP: f"step_({_WRITTEN}, Tensor(e!)[] prev_write, {_REST}) -> ()",
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Eager
+
+
+def run_eager(
+    verbs: int,
+    rule: int,
+    measure: int,
+    two_pass: bool,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    state0: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    prev_read: list[Tensor | None],
+    prev_write: list[Tensor],
+    groups: Tensor,
+    counts: Tensor,
+    control: Tensor,
+    settings: Tensor,
+    lr: Tensor,
+    hyper: Tensor,
+    table: Tensor,
+    decay: Tensor,
+    history: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """Run the verbs with torch's own operations; on any device, without waiting for it."""
+    scalars = settings.tolist()
+    rows = hyper.tolist()
+    states = [state for state in (state0, state1, state2) if state]
+    sums = control[SUMS_AT : SUMS_AT + len(Sum)]
+    one_pass = verbs == Verb.STEP and not two_pass
+    taken: list[_Row] = []
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is not None:
+            prev = (prev_write or prev_read or [None] * len(params))[index]
+            group = int(groups[index])
+            kept = prev_write[index] if prev_write else None
+            moments = [state[index] for state in states if state[index] is not None]
+            taken.append(_Row(param, grad, moments, prev, kept, counts[index], rows[group], lr[group]))
+
+    if verbs & Verb.MEASURE:
+        rules.begin(control, found_inf)
+        skip = control[Control.SKIP] != 0
+        if measure:
+            measured = sum((row.measure(rule, measure, control, grad_scale) for row in taken), torch.zeros_like(sums))
+            sums.copy_(torch.where(skip, torch.full_like(sums, torch.nan), measured))
+    if verbs & Verb.DECIDE and measure and not one_pass:
+        rules.decide(control, scalars, lr[0], rule, True)
+    if verbs & Verb.APPLY:
+        skip = control[Control.SKIP] != 0
+        multiplier = rules.at(table, control[Control.STEP])
+        moved = torch.zeros_like(sums[0])
+        for row in taken:
+            rate = rules.rate(row.lr, multiplier, control, scalars)
+            moved = moved + row.apply(rule, rate, control, grad_scale, skip, bool(measure & Measure.MOVE))
+        sums[Sum.MOVE_SQ] = moved
+        if one_pass and measure:
+            rules.decide(control, scalars, lr[0], rule, False)
+        rules.finish(control, scalars, decay, history, lr[0], multiplier, grad_scale)
+
+
+class _Row:
+    """One parameter's tensors, and what the three verbs do with them."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        states: list[Tensor],
+        prev: Tensor | None,
+        kept: Tensor | None,
+        count: Tensor,
+        hyper: list[float],
+        lr: Tensor,
+    ) -> None:
+        self.param, self.grad, self.states, self.prev, self.kept = param, grad, states, prev, kept
+        self.count, self.hyper, self.lr = count, hyper, lr
+        self.dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+
+    def unscaled(self, grad_scale: Tensor | None) -> Tensor:
+        """Return the gradient in the arithmetic's dtype, without the loss scale."""
+        grad = self.grad.to(self.dtype)
+        return grad if grad_scale is None else grad * (1.0 / grad_scale.double()).to(self.dtype)
+
+    def previous(self, control: Tensor) -> Tensor | None:
+        """Return the previous gradient, zero where there is none yet."""
+        if self.prev is None:
+            return None
+        prev = self.prev.to(self.dtype)
+        if self.kept is None:
+            return prev * (1.0 / control[Control.LAST_GRAD_SCALE]).to(self.dtype)
+        return torch.where(self.count[Count.HAS_PREV] != 0, prev, torch.zeros_like(prev))
+
+    def measure(self, rule: int, what: int, control: Tensor, grad_scale: Tensor | None) -> Tensor:
+        """Return the sums over this gradient, in the order of ``layout.Sum``."""
+        grad = self.unscaled(grad_scale)
+        prev = self.previous(control)
+        has_prev = (self.count[Count.HAS_PREV] != 0) if self.kept is not None else torch.ones_like(self.lr) != 0
+        sign = -1.0 if self.hyper[Hyper.MAXIMIZE] else 1.0
+        direction = None
+        if what & Measure.DIRECTION and rule == Rule.ADAMW:
+            moments = [state.to(self.dtype) for state in self.states]
+            direction = rules.adamw_direction(moments[0], moments[-1], self.hyper, self.count[Count.UPDATES])
+        elif what & Measure.DIRECTION and self.hyper[Hyper.MOMENTUM]:
+            direction = self.states[0].to(self.dtype)
+        elif what & Measure.DIRECTION:
+            direction, sign = prev, 1.0  # both gradients point the same way
+
+        def dot(a: Tensor, b: Tensor) -> Tensor:
+            return torch.sum(a.double() * b.double())
+
+        zero = torch.zeros_like(self.lr)
+        sums = [dot(grad, grad), grad.abs().sum(dtype=torch.float64)]
+        sums += [zero, zero] if direction is None else [sign * dot(grad, direction), dot(direction, direction)]
+        if prev is None:
+            sums += [zero, zero, zero]
+        else:
+            difference = grad.double() - prev.double()
+            sums += [dot(grad, prev), dot(prev, prev), torch.where(has_prev, dot(difference, difference), zero)]
+        return torch.stack([*sums, zero])
+
+    def apply(
+        self, rule: int, rate: Tensor, control: Tensor, grad_scale: Tensor | None, skip: Tensor, move: bool
+    ) -> Tensor:
+        """Update the parameter and its state unless the step is skipped; return the squared length of the move."""
+        unscaled = self.unscaled(grad_scale)
+        sign = -1.0 if self.hyper[Hyper.MAXIMIZE] else 1.0
+        grad = unscaled * (sign * control[Control.CLIP]).to(self.dtype)
+        param = self.param.to(self.dtype)
+        states: list[Tensor | None] = [state.to(self.dtype) for state in self.states]
+        updates = self.count[Count.UPDATES]
+        if rule == Rule.SGD:
+            buffer = states[0] if states and self.hyper[Hyper.MOMENTUM] else None
+            new, buffer = rules.sgd_step(param, grad, buffer, self.hyper, rate, updates)
+            results = [new, buffer]
+        else:
+            maximal = states[2] if len(states) > 2 else None
+            results = list(rules.adamw_step(param, grad, states[0], states[1], maximal, self.hyper, rate, updates))  # type: ignore[arg-type]
+        before = self.param.to(self.dtype) if move else None
+        targets = [self.param, *self.states] + ([self.kept] if self.kept is not None else [])
+        results = results[: len(self.states) + 1] + ([unscaled] if self.kept is not None else [])
+        for target, result in zip(targets, results, strict=True):
+            if result is not None:
+                target.copy_(torch.where(skip, target, result.to(target.dtype)))
+        self.count[Count.UPDATES] += (~skip).float()
+        if self.kept is not None:
+            self.count[Count.HAS_PREV] = torch.where(skip, self.count[Count.HAS_PREV], torch.ones_like(updates))
+        if before is None:
+            return torch.zeros_like(self.lr)
+        return (self.param.to(self.dtype).double() - before.double()).square().sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Native
+
+
+def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
+    """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
+    uneven = _C.run(verbs, rule, measure, two_pass, params, *rest)
+    if not uneven:
+        return
+    tensors, others = [list(params), *(list(x) if x else None for x in rest[:6])], rest[6:]
+    written_back: list[tuple[Tensor, Tensor]] = []
+    for i in uneven:
+        param = torch.empty_like(params[i]).copy_(params[i])  # dense, in the order of the parameter's strides
+        for k, column in enumerate(tensors):
+            if column is None or column[i] is None or _same_layout(column[i], param):
+                continue
+            copy = (
+                param
+                if k == 0
+                else torch.empty_strided(param.shape, param.stride(), dtype=column[i].dtype, device=param.device).copy_(
+                    column[i]
+                )
+            )
+            if k not in (1, 5):
+                written_back.append((column[i], copy))
+            column[i] = copy
+    still = _C.run(verbs, rule, measure, two_pass, *tensors, *others)
+    assert not still, "lrkernels: the copies of uneven tensors share one layout"
+    for original, copy in written_back:
+        original.copy_(copy)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Registration
+
+_library = torch.library.Library("lrkernels", "DEF")
+
+
+def _as_operator(verbs: Verb, runner: Callable[..., None]) -> Callable[..., None]:
+    def call(*tensors: Any, rule: int, measure: int, two_pass: bool) -> None:
+        # An empty list is None to the kernels; a caller's tuple is a list.
+        runner(
+            verbs, rule, measure, two_pass, *(list(x) or None if isinstance(x, list | tuple) else x for x in tensors)
+        )
+
+    return call
+
+
+def _eager_lists(verbs: int, rule: int, measure: int, two_pass: bool, *tensors: Any) -> None:
+    lists: list[Any] = [x or [] for x in tensors[:LISTS]]
+    run_eager(verbs, rule, measure, two_pass, *lists, *tensors[LISTS:])
+
+
+for _verbs, _schema in SCHEMAS.items():
+    _name = _schema.split("(", 1)[0]
+    _library.define(_schema)
+    _library.impl(_name, _as_operator(_verbs, _eager_lists), "CompositeExplicitAutograd")
+    if _C is not None:
+        _library.impl(_name, _as_operator(_verbs, run_native), "CPU")
+    torch.library.register_fake(f"lrkernels::{_name}", lambda *args, **kwargs: None, lib=_library)
+
+
+def check_backend_name(wanted: str | None) -> None:
+    """Raise for a backend that nobody has heard of."""
+    if wanted not in (None, EAGER, NATIVE, TRITON):
+        raise ValueError(f"lrkernels: backend must be None, 'native', 'triton' or 'eager', got {wanted!r}")
+
+
+def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
+    """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
+    check_backend_name(wanted)
+    native = _C is not None and device.type == "cpu"
+    if wanted == NATIVE and not native:
+        reason = why_no_native or f"this build has no kernels for {device.type}"
+        raise RuntimeError(
+            f"lrkernels: backend='native' is not there for {device}: {reason}. "
+            "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
+        )
+    if wanted == TRITON:
+        raise RuntimeError(f"lrkernels: backend='triton' is not there for {device}: use backend=None or 'eager'.")
+    return run_native if native and wanted != EAGER else _eager_lists
+
+
+def info() -> str:
+    """Return what serves which device and why, with the versions, as a text to print."""
+    from . import __version__
+
+    if _C is None:
+        native = f"not there ({why_no_native})"
+    else:
+        native = f"C++ kernels, {_C.instruction_set()}, {torch.get_num_threads()} threads"
+    lines = [
+        f"lrkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        platform.platform(),
+        f"cpu     {'native' if _C is not None else 'eager'}: {native}",
+        "other   eager: torch's own operations",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,273 @@
+"""The mathematics, once for Python: the update rules (per element) and the decisions (per step).
+
+``csrc/rules.h`` says the same for C++ and CUDA, name by name and in the same order. The functions are plain arithmetic.
+Every multiply-add that is meant to be fused is written ``fma``, no other is fused, so that the float32 update has the
+same bits on every backend; they are the bits of ``torch.optim``'s own loop too, whose kernels fuse exactly these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, Hyper, Rule, Setting, Sum
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APPLY: one parameter. Coefficients are float64 scalars (floats or 0-dim tensors), rounded once to the tensors' dtype.
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a * b + c, rounded once."""
+    return torch.addcmul(c, a, b)
+
+
+def sqrt(a: Tensor) -> Tensor:
+    """Return the correctly rounded root; torch's own on the CPU may be one unit off in float32."""
+    return a.double().sqrt().to(a.dtype)
+
+
+def sgd_step(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, hyper: list[float], lr: Tensor, updates: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """M <- momentum m + (1 - dampening) g; p <- p - lr d, with d = m, g + momentum m (Nesterov) or g (no momentum)."""
+
+    def cast(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=param.device).to(param.dtype)
+
+    if hyper[Hyper.WEIGHT_DECAY] and hyper[Hyper.DECOUPLED]:
+        param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY])
+    elif hyper[Hyper.WEIGHT_DECAY]:
+        grad = fma(param, cast(hyper[Hyper.WEIGHT_DECAY]), grad)
+    direction = grad
+    if buffer is not None:
+        undampened = torch.full_like(lr, 1.0 - hyper[Hyper.DAMPENING])
+        if not hyper[Hyper.ZERO_INIT]:  # the buffer starts at zero; torch starts it at the first gradient
+            undampened = torch.where(updates == 0, torch.ones_like(lr), undampened)
+        momentum = cast(hyper[Hyper.MOMENTUM])
+        buffer = fma(grad, cast(undampened), buffer * momentum)
+        direction = fma(buffer, momentum, grad) if hyper[Hyper.NESTEROV] else buffer
+    return fma(direction, cast(-lr), param), buffer
+
+
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    hyper: list[float],
+    lr: Tensor,
+    updates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """M <- lerp(m, g, 1 - beta1); v <- beta2 v + (1 - beta2) g^2; p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
+
+    As in ``torch.optim.AdamW``, whose roots may differ in the last bit.
+    """
+
+    def cast(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=param.device).to(param.dtype)
+
+    step = updates.double() + 1.0
+    param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY])
+    weight1 = cast(1.0 - hyper[Hyper.BETA1])
+    toward = grad - exp_avg
+    if 1.0 - hyper[Hyper.BETA1] < 0.5:
+        exp_avg = fma(weight1, toward, exp_avg)
+    else:
+        exp_avg = fma(weight1 - 1, toward, grad)
+    exp_avg_sq = fma(grad * cast(1.0 - hyper[Hyper.BETA2]), grad, exp_avg_sq * cast(hyper[Hyper.BETA2]))
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt()
+    denominator = sqrt(second) / cast(bias2_sqrt) + cast(hyper[Hyper.EPS])
+    step_size = lr / (1.0 - hyper[Hyper.BETA1] ** step)
+    param = param + (exp_avg * cast(-step_size)) / denominator
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: list[float], updates: Tensor) -> Tensor:
+    """Return the direction of AdamW's last update, m_hat / (sqrt(v_hat) + eps); zero before the first one."""
+    step = updates.double()
+    bias1 = (1.0 - hyper[Hyper.BETA1] ** step).to(exp_avg.dtype)
+    bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt().to(exp_avg.dtype)
+    direction = (exp_avg / bias1) / (sqrt(second) / bias2_sqrt + hyper[Hyper.EPS])
+    return torch.where(updates > 0, direction, torch.zeros_like(direction))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DECIDE: 0-dim float64 tensors, so that nothing waits for the device.
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_``: min(1, max_norm / (norm + 1e-6))."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def cosine(dot: Tensor, a_sq: Tensor, b_sq: Tensor) -> Tensor:
+    """<a, b> / (|a| |b|); 0 where a norm is zero or anything is not finite."""
+    return (dot / (a_sq.sqrt() * b_sq.sqrt())).nan_to_num(0.0, 0.0, 0.0)
+
+
+def at(table: Tensor, step: Tensor) -> Tensor:
+    """The multiplier of an open-loop schedule, tabulated: its last value stays."""
+    return table.index_select(0, step.clamp(max=len(table) - 1).long().reshape(1)).reshape(())
+
+
+def rate(lr: Tensor, multiplier: Tensor, control: Tensor, settings: list[float]) -> Tensor:
+    """The rate of a group: its own lr times the closed loop's factor times the open-loop multiplier.
+
+    ``alignment`` bounds the rate of each group; ``gala`` and ``volsched`` bound the first group's, in their factor, and
+    the others keep their proportion.
+    """
+    looped = lr * control[Control.FACTOR]
+    if settings[Setting.CLOSED_LOOP] != ClosedLoopKind.ALIGNMENT:
+        return looped * multiplier
+    return looped.clamp(settings[Setting.MIN_LR], settings[Setting.MAX_LR]) * multiplier
+
+
+def alignment_factor(control: Tensor, settings: list[float], direction_cosine: Tensor) -> Tensor:
+    """Ours: exponentiated gradient on the normalised alignment, log factor += kappa (c + bias)."""
+    step = control[Control.STEP]
+    counts = (step > 0) & (step < settings[Setting.FREEZE_AFTER])
+    increment = settings[Setting.KAPPA] * (direction_cosine + settings[Setting.BIAS])
+    control[Control.LOG_FACTOR] += torch.where(counts, increment, torch.zeros_like(increment))
+    return control[Control.LOG_FACTOR].exp()
+
+
+def gala_factor(control: Tensor, settings: list[float], sums: Tensor, lr0: Tensor, rule: int) -> Tensor:
+    """Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2."""
+    delta = settings[Setting.DELTA]
+    started = control[Control.STEP] > 0
+    smoothness = sums[Sum.DIFF_SQ].sqrt() / control[Control.LAST_MOVE_SQ].sqrt()
+    defined = started & smoothness.isfinite()
+    control[Control.SMOOTHNESS] = torch.where(defined, smoothness, control[Control.SMOOTHNESS])
+    a = sums[Sum.DOT_PREV] if rule == Rule.SGD else sums[Sum.DOT_DIRECTION]
+    b = control[Control.SMOOTHNESS] * (control[Control.LAST_GRAD_SQ] if rule == Rule.SGD else sums[Sum.DIRECTION_SQ])
+    counts = started & a.isfinite() & b.isfinite()
+    control[Control.NUMERATOR] += torch.where(counts, a, torch.zeros_like(a))
+    control[Control.DENOMINATOR] += torch.where(counts, b, torch.zeros_like(b))
+    lr = (delta * lr0 + control[Control.NUMERATOR]) / (delta + control[Control.DENOMINATOR])
+    factor = lr.clamp(settings[Setting.MIN_LR], settings[Setting.MAX_LR]) / lr0
+    return torch.where(factor.isfinite(), factor, control[Control.NEXT_FACTOR])
+
+
+def volatility(returns: Tensor, count: Tensor | float) -> Tensor:
+    """std(r_i, ddof = 1) of the first ``count`` of ``returns``."""
+    kept = torch.arange(len(returns), device=returns.device) < count
+    values = torch.where(kept, returns, torch.zeros_like(returns))
+    away = torch.where(kept, values - values.sum() / count, torch.zeros_like(returns))
+    return (away.square().sum() / (count - 1)).sqrt()
+
+
+def volatility_multiplier(control: Tensor, settings: list[float]) -> Tensor:
+    """Ren 2025: M = 1 + sign(rho - 1) ln(1 + w |rho - 1|), rho = std(all) / std(last N)."""
+    ring = control[RING_AT:]
+    newest_first = (control[Control.SIGNALS] - 1 - torch.arange(len(ring), device=ring.device)) % len(ring)
+    values = ring[newest_first.long()]
+    returns = (values[:-1] / values[1:]).log()
+    count = control[Control.SIGNALS].clamp(max=len(ring)) - 1
+    window = settings[Setting.WINDOW]
+    away = volatility(returns, count) / volatility(returns, window) - 1.0
+    multiplier = 1.0 + away.sign() * (settings[Setting.SENSITIVITY] * away.abs()).log1p()
+    defined = (count >= window) & multiplier.isfinite()
+    return torch.where(defined, multiplier, torch.ones_like(multiplier))
+
+
+def volsched_factor(control: Tensor, settings: list[float], decay: Tensor, lr0: Tensor, step: Tensor) -> Tensor:
+    """Every N steps lr <- max(lr_min, lr M A), A = s(e) / s(e - N); linear warm-up first."""
+    warmup, window = settings[Setting.WARMUP_STEPS], settings[Setting.WINDOW]
+    start = settings[Setting.WARMUP_START]
+    elapsed = step - warmup
+    climb = start + (1.0 - start) * (step / (warmup - 1.0) if warmup > 1 else torch.ones_like(step))
+    before = at(decay, (elapsed - window).clamp(min=0.0))
+    fall = torch.where(before == 0, torch.zeros_like(before), at(decay, elapsed.clamp(min=0.0)) / before)
+    held = control[Control.NEXT_FACTOR]
+    lr = lr0 * held * volatility_multiplier(control, settings) * fall
+    moved = lr.clamp(settings[Setting.MIN_LR], settings[Setting.MAX_LR]) / lr0
+    moved = torch.where(lr0 != 0, moved, held)
+    later = torch.where(elapsed == 0, torch.ones_like(held), torch.where(elapsed % window == 0, moved, held))
+    return torch.where(elapsed < 0, climb, later)
+
+
+def begin(control: Tensor, found_inf: Tensor | None) -> None:
+    """Start a step: the factor decided so far, no clip, and whether the gradient scaler wants it skipped."""
+    control[Control.FACTOR] = control[Control.NEXT_FACTOR]
+    control[Control.CLIP] = 1.0
+    control[Control.SKIP] = 0.0 if found_inf is None else (found_inf.reshape(()) != 0).double()
+
+
+def decide(control: Tensor, settings: list[float], lr0: Tensor, rule: int, two_pass: bool) -> None:
+    """What the sums say: the statistics, the clip, whether to skip, the closed loop's next factor."""
+    sums = control[SUMS_AT : SUMS_AT + len(Sum)]
+    norm = sums[Sum.GRAD_SQ].sqrt()
+    curvature = sums[Sum.DIFF_SQ].sqrt() / control[Control.LAST_MOVE_SQ].sqrt()
+    values = {
+        "grad_norm": norm,
+        "grad_norm_l1": sums[Sum.GRAD_ABS],
+        "direction_cosine": cosine(sums[Sum.DOT_DIRECTION], sums[Sum.GRAD_SQ], sums[Sum.DIRECTION_SQ]),
+        "alignment": sums[Sum.DOT_PREV],
+        "cosine": cosine(sums[Sum.DOT_PREV], sums[Sum.GRAD_SQ], sums[Sum.PREV_SQ]),
+        "curvature": torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature)),
+    }
+    for name, value in values.items():
+        control[STATS_AT + STATS.index(name)] = value
+    finite = sums[Sum.GRAD_SQ].isfinite()
+    skip = control[Control.SKIP] != 0
+    if settings[Setting.SKIP_NONFINITE]:
+        skip = skip | ~finite
+        control[Control.SKIP] = skip.double()
+    if math.isfinite(settings[Setting.MAX_GRAD_NORM]):
+        clip = clip_factor(norm, settings[Setting.MAX_GRAD_NORM])
+        control[Control.CLIP] = torch.where(skip, control[Control.CLIP], clip)
+    trial = control.clone()
+    if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.ALIGNMENT:
+        trial[Control.NEXT_FACTOR] = alignment_factor(trial, settings, values["direction_cosine"])
+    elif settings[Setting.CLOSED_LOOP] == ClosedLoopKind.GALA:
+        trial[Control.NEXT_FACTOR] = gala_factor(trial, settings, sums, lr0, rule)
+    else:
+        return
+    if two_pass and settings[Setting.LAG] == 0:
+        trial[Control.FACTOR] = trial[Control.NEXT_FACTOR]
+    control.copy_(torch.where(skip | ~finite, control, trial))
+
+
+def finish(
+    control: Tensor,
+    settings: list[float],
+    decay: Tensor,
+    history: Tensor,
+    lr0: Tensor,
+    multiplier: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """Advance the counters, take the observed signal, write the history's row. A skipped step only counts itself."""
+    sums = control[SUMS_AT : SUMS_AT + len(Sum)]
+    stats = control[STATS_AT : STATS_AT + len(STATS)]
+    stats[STATS.index("lr")] = rate(lr0, multiplier, control, settings)
+    stats[STATS.index("clip")] = control[Control.CLIP]
+    done = control[Control.SKIP] == 0
+    trial = control.clone()
+    trial[Control.STEP] += 1.0
+    trial[Control.LAST_GRAD_SQ] = sums[Sum.GRAD_SQ]
+    trial[Control.LAST_MOVE_SQ] = sums[Sum.MOVE_SQ]
+    trial[Control.LAST_GRAD_SCALE] = 1.0 if grad_scale is None else grad_scale.reshape(()).double()
+    if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.VOL_SCHED:
+        signal = trial[Control.SIGNAL]
+        taken = signal.isfinite()
+        slot = (RING_AT + trial[Control.SIGNALS] % settings[Setting.CAPACITY]).long().reshape(1)
+        value = torch.where(taken, signal.clamp(min=1e-8), trial[slot].reshape(()))
+        trial.index_copy_(0, slot, value.reshape(1))
+        trial[Control.SIGNALS] += taken.double()
+        trial[Control.NEXT_FACTOR] = volsched_factor(trial, settings, decay, lr0, trial[Control.STEP])
+    control[Control.SKIPPED] += (~done).double()
+    trial[Control.SKIPPED] = control[Control.SKIPPED]
+    control.copy_(torch.where(done, trial, control))
+    control[Control.SIGNAL] = math.nan
+    stats[STATS.index("step")] = control[Control.STEP]
+    stats[STATS.index("skipped")] = control[Control.SKIPPED]
+    row = (control[Control.CALLS] % len(history)).long().reshape(1)
+    history.index_copy_(0, row, stats.reshape(1, -1))
+    control[Control.CALLS] += 1.0
