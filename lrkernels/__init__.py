@@ -1,0 +1,19 @@
+"""Fused PyTorch optimizers whose learning rate watches training, at the price of a plain step."""
+
+from . import batch_sizes, recipes, reference, schedules
+from .batch_sizes import ScheduledBatchSampler
+from .ops import info
+from .optim import FusedAdamW, FusedSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedAdamW",
+    "FusedSGD",
+    "ScheduledBatchSampler",
+    "batch_sizes",
+    "info",
+    "recipes",
+    "reference",
+    "schedules",
+]

@@ -1,0 +1,199 @@
+"""The small tensors that a step reads and writes beside the parameters, and what a user sees of them.
+
+One control tensor on the device holds everything that changes while training: the schedule's position, the closed
+loop's state, the statistics, the sums. The host writes settings and tables, and reads only when it is asked to.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import schedules
+from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
+from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, Measure, Setting, Sum
+
+__all__ = ["Controller", "Stats"]
+
+#: Which measure each statistic needs.
+MEASURED_BY = {
+    "step": Measure(0),
+    "lr": Measure(0),
+    "grad_norm": Measure.NORMS,
+    "grad_norm_l1": Measure.NORMS,
+    "direction_cosine": Measure.DIRECTION,
+    "alignment": Measure.PREVIOUS,
+    "cosine": Measure.PREVIOUS,
+    "curvature": Measure.MOVE,
+    "clip": Measure.NORMS,
+    "skipped": Measure(0),
+}
+PAGE = 1024  # rows of the ring when the whole history is kept: they are taken away each time it is full
+FIRST_TABLE = 4096  # steps of the open-loop schedule tabulated at first; then twice as many, and so on
+
+
+class Stats(Mapping[str, Tensor]):
+    """The last step's statistics: 0-dim float64 tensors on the device; only what is measured. Nothing waits."""
+
+    def __init__(self, values: Tensor, names: list[str]) -> None:
+        self._values, self._names = values, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(f"lrkernels: {name!r} is not measured, only {self._names}; ask for it with track=")
+        return self._values[STATS.index(name)].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def settings_row(closed_loop: ClosedLoop | None, max_grad_norm: float | None) -> Tensor:
+    """Return what the decision is told, in the order of ``layout.Setting``."""
+    values: dict[Setting, float] = dict.fromkeys(Setting, 0.0)
+    values[Setting.MAX_GRAD_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+    if closed_loop is not None:
+        values[Setting.MIN_LR], values[Setting.MAX_LR] = closed_loop.min_lr, closed_loop.max_lr
+    match closed_loop:
+        case AlignmentSchedule(kappa=kappa, bias=bias, lag=lag, freeze_after=freeze_after):
+            values[Setting.CLOSED_LOOP] = ClosedLoopKind.ALIGNMENT
+            values[Setting.KAPPA], values[Setting.BIAS], values[Setting.LAG] = kappa, bias, lag
+            values[Setting.FREEZE_AFTER] = math.inf if freeze_after is None else freeze_after
+        case GalaSchedule(delta=delta):
+            values[Setting.CLOSED_LOOP], values[Setting.DELTA] = ClosedLoopKind.GALA, delta
+        case VolSchedule() as vol:
+            values[Setting.CLOSED_LOOP] = ClosedLoopKind.VOL_SCHED
+            values[Setting.TOTAL_STEPS], values[Setting.WINDOW] = vol.total_steps, vol.window
+            values[Setting.SENSITIVITY], values[Setting.CAPACITY] = vol.sensitivity, vol.capacity
+            values[Setting.WARMUP_STEPS], values[Setting.WARMUP_START] = vol.warmup_steps, vol.warmup_start
+    return torch.tensor([values[slot] for slot in Setting], dtype=torch.float64)
+
+
+class Controller:
+    """Holds the control tensor, the settings, the schedule's table and the history ring of one optimizer."""
+
+    def __init__(
+        self,
+        open_loop: Callable[[int], float] | None,
+        closed_loop: ClosedLoop | None,
+        max_grad_norm: float | None,
+        history_size: int | None,
+    ) -> None:
+        self.open_loop, self.closed_loop = open_loop, closed_loop
+        self.settings = settings_row(closed_loop, max_grad_norm)
+        signals = closed_loop.capacity if isinstance(closed_loop, VolSchedule) else 1
+        self.control = torch.zeros(RING_AT + signals, dtype=torch.float64)
+        self.control[Control.FACTOR] = self.control[Control.NEXT_FACTOR] = self._first_factor()
+        self.control[Control.LAST_GRAD_SCALE] = self.control[Control.CLIP] = 1.0
+        self.control[Control.SIGNAL] = math.nan
+        self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)
+        self.table = torch.ones(1, dtype=torch.float64)
+        self.decay = torch.tensor(self._decay(), dtype=torch.float64)
+        self._tabulated: list[float] = []
+        self._steps = 0  # an upper bound of control[STEP], which the host does not read
+        self._keep_all = history_size is None
+        self._pages: list[Tensor] = []  # rows taken from the ring
+        self._calls = 0
+
+    def _first_factor(self) -> float:
+        loop = self.closed_loop
+        return loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
+
+    def _decay(self) -> list[float]:
+        loop = self.closed_loop
+        if not isinstance(loop, VolSchedule):
+            return [1.0]
+        steps = loop.total_steps - loop.warmup_steps
+        decay = schedules.cosine(steps) if isinstance(loop.decay, str) else loop.decay
+        return [float(decay(step)) for step in range(steps + 1)]
+
+    def to(self, device: torch.device) -> None:
+        """Move the device's tensors."""
+        self.control, self.history = self.control.to(device), self.history.to(device)
+        self.table, self.decay = self.table.to(device), self.decay.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.control.device
+
+    @property
+    def sums(self) -> Tensor:
+        """What MEASURE added up, as a view."""
+        return self.control[SUMS_AT : SUMS_AT + len(Sum)]
+
+    def before_step(self) -> None:
+        """Make room: the schedule's next value in the table, the next row in the history."""
+        if self.open_loop is not None and self._steps >= len(self._tabulated):
+            self._tabulate(self._steps)
+        if self._keep_all and self._calls and self._calls % PAGE == 0:
+            self._pages.append(self.history.to("cpu", non_blocking=True, copy=True))
+        self._steps += 1
+        self._calls += 1
+
+    def _tabulate(self, step: int) -> None:
+        """Extend the table to ``step`` and well beyond it, or as far as the schedule has finite values."""
+        schedule, done = self.open_loop, len(self._tabulated)
+        assert schedule is not None
+        last = getattr(schedule, "total_steps", None)
+        end = max(step + 1, 2 * done, FIRST_TABLE)
+        for s in range(done, end if last is None else min(end, last + 1)):
+            try:
+                value = float(schedule(s))
+            except OverflowError:
+                value = math.inf
+            if not math.isfinite(value):
+                if s > step:
+                    break
+                raise ValueError(f"lrkernels: the schedule {schedule!r} is {value} at step {s}; bound it")
+            self._tabulated.append(value)
+        if len(self._tabulated) > done:
+            self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device)
+
+    def observe(self, value: float | Tensor) -> None:
+        """Take volsched's signal for the coming step."""
+        if isinstance(value, Tensor):
+            self.control[Control.SIGNAL].copy_(value.detach().reshape(()), non_blocking=True)
+        elif math.isfinite(value):
+            self.control[Control.SIGNAL] = float(value)
+        else:
+            warnings.warn(f"lrkernels: observe() was given {value}; this step has no signal", stacklevel=3)
+
+    def stats(self, measure: Measure, clipping: bool) -> Stats:
+        """Return the last step's statistics, of those measured."""
+        return Stats(self.control[STATS_AT : STATS_AT + len(STATS)], self._names(measure, clipping))
+
+    def read_history(self, measure: Measure, clipping: bool) -> dict[str, NDArray[np.float64]]:
+        """Return the kept rows, oldest first, one array per statistic; one copy to the host."""
+        ring = self.history.cpu()
+        calls, size = int(self.control[Control.CALLS]), len(ring)
+        if self._keep_all:
+            newest = ring[: (calls - 1) % size + 1] if calls else ring[:0]
+            rows = torch.cat([*self._pages, newest])
+        else:
+            rows = ring[:calls] if calls <= size else torch.cat([ring[calls % size :], ring[: calls % size]])
+        return {name: rows[:, STATS.index(name)].numpy().copy() for name in self._names(measure, clipping)}
+
+    @staticmethod
+    def _names(measure: Measure, clipping: bool) -> list[str]:
+        names = [name for name, needs in MEASURED_BY.items() if needs in measure]
+        return names if clipping else [name for name in names if name != "clip"]
+
+    def load(self, control: Tensor) -> None:
+        """Continue from a checkpoint's control tensor, in place; the history starts anew."""
+        self.control.copy_(control)
+        self.restart(int(self.control[Control.STEP]))
+
+    def restart(self, step: int) -> None:
+        """Set the schedule's position; the history starts anew."""
+        self.control[Control.STEP] = step
+        self.control[Control.CALLS] = 0
+        self._steps, self._calls, self._pages = step, 0, []

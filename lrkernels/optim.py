@@ -1,0 +1,664 @@
+"""The fused optimizers: torch's arguments, state and checkpoints, with a step measured, decided and applied at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import ops, schedules
+from .closed_loop import AlignmentSchedule, GalaSchedule
+from .control import Controller, Stats
+from .layout import HYPERS, Control, Count, Measure, Rule, Verb
+
+__all__ = ["FusedAdamW", "FusedSGD"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRACKS = {
+    "grad_norm": Measure.NORMS,
+    "grad_norm_l1": Measure.NORMS,
+    "direction": Measure.NORMS | Measure.DIRECTION,
+    "alignment": Measure.NORMS | Measure.PREVIOUS | Measure.MOVE,
+}
+PREV_GRAD = ("store", "swap", "bfloat16")
+_PICKLED = (  # what a copy of the optimizer takes along, besides what torch's does
+    "_controller",
+    "_counts",
+    "_kept",
+    "_measure",
+    "_two_pass",
+    "_clipping",
+    "_prev_grad",
+    "_process_group",
+    "_backend",
+)
+CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"lrkernels: {message}")
+
+
+def _check_finite(group: dict[str, Any], *names: str) -> None:
+    for name in names:
+        _check(0.0 <= group[name] < math.inf, f"{name} must be finite and >= 0, got {group[name]}")
+
+
+class _Plan:
+    """All parameters, flat and in order, with their states: what a step hands to the kernels besides the gradients."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.params = [p for p, _ in flat]
+        self.group_of = [i for _, i in flat]
+        self.groups = torch.tensor(self.group_of, dtype=torch.int32)
+        self.device = self.params[0].device if flat else torch.device("cpu")
+        devices = sorted({str(p.device) for p in self.params})
+        _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
+        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.state = optimizer.state
+        self.states: list[dict[str, Any]] = [{} for _ in self.params]
+        self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
+        self.filled = len(self.state)
+
+    def is_current(self, optimizer: Optimizer) -> bool:
+        """Whether nobody has exchanged the states, or moved the parameters, since."""
+        return (
+            self.state is optimizer.state
+            and self.filled == len(optimizer.state)
+            and (not self.params or self.params[0].device == self.device)
+        )
+
+
+class FusedOptimizer(Optimizer):
+    """What the fused optimizers share: schedules, clipping, statistics, checkpoints, and the one call of a step.
+
+    Args:
+        schedule: an open-loop schedule ``step -> multiplier``, a closed-loop one, or their product (default: None). A
+            group's rate is ``group["lr"]`` times what it says; ``group["lr"]`` itself stays as it is.
+        max_grad_norm: clip the global norm, as ``torch.nn.utils.clip_grad_norm_``; gradients are not written
+            (default: None).
+        track: statistics to take although nothing needs them: ``"grad_norm"``, ``"grad_norm_l1"``, ``"direction"``,
+            ``"alignment"`` (default: ()).
+        prev_grad: how the previous gradient is kept when it is needed: ``"store"``, ``"bfloat16"`` (half the size), or
+            ``"swap"`` (the tensor itself, which must not be changed in place then) (default: "store").
+        process_group: add the sums up over these processes, which hold different parameters (default: None).
+        backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
+        history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
+
+    Raises:
+        ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
+        RuntimeError: the backend asked for is not there (at the first step).
+    """
+
+    _rule: ClassVar[Rule]
+    _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        schedule: Any,
+        max_grad_norm: float | None,
+        track: Iterable[str],
+        prev_grad: str,
+        process_group: Any,
+        backend: str | None,
+        history_size: int | None,
+    ) -> None:
+        open_loop, closed_loop = schedules.split(schedule)
+        track = (track,) if isinstance(track, str) else tuple(track)
+        unknown = [name for name in track if name not in TRACKS]
+        _check(not unknown, f"track takes names of {tuple(TRACKS)}, got {unknown}")
+        _check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
+        _check(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+        _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
+        gala = isinstance(closed_loop, GalaSchedule)
+        at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
+        self._measure = Measure(0)
+        for name in track:
+            self._measure |= TRACKS[name]
+        if max_grad_norm is not None:
+            self._measure |= Measure.NORMS
+        if isinstance(closed_loop, AlignmentSchedule):
+            self._measure |= TRACKS["direction"]
+        if gala:
+            self._measure |= TRACKS["alignment"]
+            self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
+        self._two_pass = max_grad_norm is not None or gala or at_once
+        self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
+        self._process_group, self._backend = process_group, backend
+        self._controller = Controller(open_loop, closed_loop, max_grad_norm, history_size)
+        self._plan: _Plan | None = None
+        self._run: Callable[..., None] | None = None
+        self._seen: Any = None
+        self._keys: Any = None
+        self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
+        self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        ops.check_backend_name(backend)
+        super().__init__(params, defaults)
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse hyper-parameters that the rule is not defined for."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+        else:
+            _check_finite(group, "lr")
+        _check_finite(group, "weight_decay")
+        _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
+
+    def _hyper(self, group: dict[str, Any]) -> list[float]:
+        """Return the group's row of hyper-parameters, in the order of ``layout.Hyper``."""
+        raise NotImplementedError
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the rule's states in this group."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; refuses parameters that no kernel computes."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for p in group["params"]:
+                _check(not p.is_complex(), f"{type(self).__name__} takes no complex parameters; use torch.view_as_real")
+                _check(p.dtype in DTYPES, f"{type(self).__name__} takes parameters of {DTYPES}, got {p.dtype}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    def _refresh_hyper(self, plan: _Plan) -> None:
+        """Bring the device's rates and the host's rows up to date with ``param_groups``."""
+        rates = [group["lr"] for group in self.param_groups]
+        floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
+        rows = [self._hyper(group) for group in self.param_groups]
+        if self._seen != (floats, rows):
+            for group in self.param_groups:
+                self._check_group(group)
+            self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
+            keys = [self._state_keys(group) for group in self.param_groups]
+            if keys != self._keys:  # momentum or amsgrad was switched on
+                self._keys = keys
+                for i in set(range(len(plan.params))) - set(plan.idle):
+                    self._fill_state(plan, i)
+            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
+            self._seen = (floats, rows)
+        for i, rate in enumerate(rates):
+            if isinstance(rate, Tensor):
+                self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _make_plan(self) -> _Plan:
+        """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
+        plan = _Plan(self)
+        if self._run is None or plan.device != self._controller.device:
+            self._run = ops.backend_for(plan.device, self._backend)
+            self._controller.to(plan.device)
+            self._seen = None
+        for i, p in enumerate(plan.params):
+            if p in plan.state:
+                self._fill_state(plan, i)
+        self._plan = plan
+        return plan
+
+    def _fill_state(self, plan: _Plan, i: int) -> None:
+        """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
+        p, group = plan.params[i], self.param_groups[plan.group_of[i]]
+        state, counts = self.state[p], plan.counts[i]
+        if p in self._counts:
+            counts.copy_(self._counts[p])
+        elif state:  # from a checkpoint
+            counts[Count.UPDATES] = self._updates_in(state)
+            counts[Count.HAS_PREV] = float(state.get("prev_grad") is not None)
+        for key in self._state_keys(group):
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self._prev_grad == "swap":
+            if isinstance(prev := state.pop("prev_grad", None), Tensor):
+                self._kept[p] = (prev, prev._version)
+        elif self._keeps_prev() and state.get("prev_grad") is None:
+            dtype = torch.bfloat16 if self._prev_grad == "bfloat16" else (p if p.grad is None else p.grad).dtype
+            state["prev_grad"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            counts[Count.HAS_PREV] = 0.0
+        self._counts[p] = counts
+        self._show_updates(state, counts[Count.UPDATES])
+        plan.states[i] = state
+        plan.filled = len(self.state)
+
+    def _updates_in(self, state: dict[str, Any]) -> float:
+        """Return how many updates a checkpoint's state stands for."""
+        raise NotImplementedError
+
+    def _show_updates(self, state: dict[str, Any], updates: Tensor) -> None:
+        """Put the device's count of updates into the state, where torch has it there."""
+
+    def _keeps_prev(self) -> bool:
+        """Whether the previous gradient is needed; it is the direction too where there is no momentum buffer."""
+        plain = self._rule == Rule.SGD and any(group["momentum"] == 0 for group in self.param_groups)
+        return bool(self._measure & Measure.PREVIOUS) or (bool(self._measure & Measure.DIRECTION) and plain)
+
+    def _awaken(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+        """Give parameters whose first gradient has arrived their state."""
+        arrived = [i for i in plan.idle if grads[i] is not None]
+        if arrived:
+            self._refuse(plan, grads)
+            for i in arrived:
+                self._fill_state(plan, i)
+            plan.idle = [i for i in plan.idle if grads[i] is None]
+
+    def _refuse(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+        """Raise for a gradient that no kernel takes, before anything is changed."""
+        name = type(self).__name__
+        for p, grad in zip(plan.params, grads, strict=True):
+            if grad is None:
+                continue
+            shape = tuple(p.shape)
+            _check(
+                grad.layout == torch.strided,
+                f"{name} takes no sparse gradients, and got one of shape {shape}; use sparse=False, or torch.optim",
+            )
+            _check(
+                grad.dtype in (p.dtype, torch.float32),
+                f"{name} takes gradients of the parameter's dtype or float32; got {grad.dtype} for {p.dtype} {shape}",
+            )
+            _check(grad.device == p.device, f"{name} got a gradient on {grad.device} for a parameter on {p.device}")
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Measure, decide and apply, in one call.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss (default: None).
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
+            RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or not plan.is_current(self):
+            plan = self._make_plan()
+        self._refresh_hyper(plan)
+        grads = [p.grad for p in plan.params]
+        if plan.idle:
+            self._awaken(plan, grads)
+        self._launch(plan, grads)
+        return loss
+
+    def _launch(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+        controller, run = self._controller, self._run
+        assert run is not None
+        prev_read = prev_write = None
+        if self._keeps_prev():
+            if self._prev_grad == "swap":
+                prev_read = self._kept_grads(plan)
+            else:
+                prev_write = [state.get("prev_grad") for state in plan.states]
+        found_inf = getattr(self, "found_inf", None)
+        controller.before_step()
+        arguments = (
+            self._rule,
+            self._measure,
+            self._two_pass,
+            plan.params,
+            grads,
+            *([state.get(key) for state in plan.states] if key else None for key in self._states),
+            prev_read,
+            prev_write,
+            plan.groups,
+            plan.counts,
+            controller.control,
+            controller.settings,
+            self._lr,
+            self._hyper_rows,
+            controller.table,
+            controller.decay,
+            controller.history,
+            found_inf,
+            getattr(self, "grad_scale", None),
+        )
+        try:
+            if self._process_group is None:
+                run(Verb.STEP, *arguments)
+            else:
+                run(Verb.MEASURE, *arguments)
+                dist.all_reduce(controller.sums, group=self._process_group)
+                run(Verb.DECIDE | Verb.APPLY, *arguments)
+                move = controller.control[Control.LAST_MOVE_SQ : Control.LAST_MOVE_SQ + 1]
+                dist.all_reduce(move, group=self._process_group)
+        except (BufferError, RuntimeError, ValueError):
+            self._refuse(plan, grads)
+            raise
+        if prev_read is not None and not (found_inf is not None and found_inf.item()):
+            for p, grad in zip(plan.params, grads, strict=True):
+                if grad is not None:
+                    self._kept[p] = (grad, grad._version)
+
+    def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
+        """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
+        kept = [self._kept.get(p) for p in plan.params]
+        for pair, p in zip(kept, plan.params, strict=True):
+            if pair is not None and pair[0]._version != pair[1]:
+                raise RuntimeError(
+                    f"lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
+                    f"{tuple(p.shape)} was changed in place since; call zero_grad(set_to_none=True), which lets go of "
+                    "it, or use prev_grad='store'"
+                )
+        return [pair and pair[0] for pair in kept]
+
+    # -- what a user sees ---------------------------------------------------------------------------------------------
+
+    def observe(self, value: float | Tensor) -> None:
+        """Give ``volsched`` its signal for the coming step, such as the batch's accuracy; nothing waits.
+
+        Args:
+            value: a float, or a tensor of one element on any device. One that is not finite is left out.
+        """
+        if self._plan is None or not self._plan.is_current(self):
+            self._make_plan()
+        self._controller.observe(value)
+
+    @property
+    def stats(self) -> Stats:
+        """The last step's statistics: a mapping of 0-dim float64 tensors on the device, of what is measured.
+
+        ``step`` (completed updates), ``lr`` (of the first group), ``grad_norm`` and ``grad_norm_l1`` (before clipping),
+        ``direction_cosine`` (of this gradient with the previous update's direction), ``alignment`` (dot product with
+        the previous gradient) and ``cosine`` (the same over both norms), ``curvature`` (the change of the gradient over
+        the length of the previous move), ``clip`` (the factor on the gradient), ``skipped`` (steps so far that an
+        overflow skipped).
+        """
+        return self._controller.stats(self._measure, self._clipping)
+
+    def history(self) -> dict[str, NDArray[np.float64]]:
+        """Return ``stats`` over the last ``history_size`` steps, oldest first, as arrays; one copy to the host."""
+        return self._controller.read_history(self._measure, self._clipping)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's own form; one more key of the first group holds what decides the next rate."""
+        packed = super().state_dict()
+        flat = [p for group in self.param_groups for p in group["params"]]
+        state: dict[Any, dict[str, Any]] = {}
+        for i, p in enumerate(flat):
+            counts = self._counts.get(p)
+            if p not in self.state or (counts is not None and counts[Count.UPDATES] == 0):
+                continue
+            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            if "step" in entry:
+                entry["step"] = entry["step"].clone()
+            if p in self._kept:
+                entry["prev_grad"] = self._kept[p][0]
+            elif "prev_grad" in self.state[p] and (counts is None or counts[Count.HAS_PREV] != 0):
+                entry["prev_grad"] = self.state[p]["prev_grad"]
+            if entry:
+                state[i] = entry
+        for group in packed["param_groups"]:
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].clone()
+        packed["param_groups"][0][CONTROL_KEY] = self._controller.control.clone()
+        return {**packed, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of torch's, into the tensors that are there.
+
+        Raises:
+            ValueError: the checkpoint is not one of this model's; nothing has been changed then.
+        """
+        flat = [p for group in self.param_groups for p in group["params"]]
+        saved = self._check_checkpoint(state_dict, flat)
+        control = state_dict["param_groups"][0].get(CONTROL_KEY)
+        old_groups = list(self.param_groups)
+        old_state = {p: dict(self.state[p]) for p in flat if p in self.state}
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, old_groups, strict=True):
+            group.pop(CONTROL_KEY, None)
+            for key, value in old.items():
+                group.setdefault(key, value)
+            if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
+                group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
+        for i, p in enumerate(flat):
+            if i in saved and saved[i].get("prev_grad") is not None:  # torch has rounded it to the parameter's dtype
+                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device, copy=True)
+            for key, value in self.state.get(p, {}).items():
+                there = old_state.get(p, {}).get(key)
+                if key != "step" and isinstance(there, Tensor) and there.dtype == value.dtype:
+                    self.state[p][key] = there.copy_(value)
+        self._counts.clear()
+        self._kept.clear()
+        if control is not None:
+            self._controller.load(control)
+        else:
+            self._controller.restart(0)
+
+    def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
+        """Return the checkpoint's states by position of their parameter, or raise."""
+        _check(
+            isinstance(state_dict, dict) and {"state", "param_groups"} <= set(state_dict),
+            "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
+        )
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        own = [len(group["params"]) for group in self.param_groups]
+        _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
+        ids = [key for group in groups for key in group["params"]]
+        saved = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
+        for i, entry in saved.items():
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and key != "step":
+                    _check(
+                        value.shape == flat[i].shape,
+                        f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
+                        f"the parameter {tuple(flat[i].shape)}: it belongs to another model",
+                    )
+        control = groups[0].get(CONTROL_KEY)
+        _check(
+            control is None or control.shape == self._controller.control.shape,
+            "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
+        )
+        return saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what the next step makes anew."""
+        own = {key: self.__dict__[key] for key in _PICKLED}
+        return {**super().__getstate__(), **own, "_counts": {p: row.clone() for p, row in self._counts.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; the next step makes a new plan."""
+        super().__setstate__(state)
+        if "_kept" in state:  # copies of tensors count their versions from 0
+            self._kept = {p: (grad, grad._version) for p, (grad, _) in self._kept.items()}
+        self._plan = self._run = self._seen = self._keys = None
+
+
+class FusedSGD(FusedOptimizer):
+    """``torch.optim.SGD`` with the step measured, decided and applied in one call.
+
+    Bit for bit torch's own for-loop in float32 and float64, where torch's kernels fuse multiply-adds (any x86-64 with
+    AVX2). bfloat16 and float16 parameters are computed in float32 and rounded once.
+
+    Args:
+        params: parameters or groups of them; float32, float64, bfloat16 or float16, of any dense layout.
+        lr: the base rate, a float or a tensor of one element (default: 1e-3).
+        momentum: the factor on the buffer (default: 0).
+        dampening: the gradient enters the buffer times 1 - dampening (default: 0).
+        weight_decay: added to the gradient times the parameter (default: 0).
+        nesterov: step along g + momentum * buffer (default: False).
+        maximize: climb (default: False).
+        foreach, fused: accepted for torch's sake, without effect (default: None).
+        differentiable: must be False.
+        decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
+        zero_init_momentum: start the buffer at zero, as in NSHB, not at the first gradient (default: False).
+
+    The other arguments, and the errors, are :class:`FusedOptimizer`'s.
+    """
+
+    _rule = Rule.SGD
+    _states = ("momentum_buffer", None, None)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        zero_init_momentum: bool = False,
+        schedule: Any = None,
+        max_grad_norm: float | None = None,
+        track: Iterable[str] = (),
+        prev_grad: str = "store",
+        process_group: Any = None,
+        backend: str | None = None,
+        history_size: int | None = 1024,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "zero_init_momentum": zero_init_momentum,
+        }
+        super().__init__(
+            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_finite(group, "momentum")
+        _check(math.isfinite(group["dampening"]), f"dampening must be finite, got {group['dampening']}")
+        _check(
+            not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
+            "nesterov=True needs momentum > 0 and dampening = 0",
+        )
+
+    def _hyper(self, group: dict[str, Any]) -> list[float]:
+        names = ("weight_decay", "maximize", "momentum", "dampening", "nesterov", "decoupled_weight_decay")
+        return [float(group[name]) for name in (*names, "zero_init_momentum")]
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _updates_in(self, state: dict[str, Any]) -> float:
+        return float(state.get("momentum_buffer") is not None)
+
+
+class FusedAdamW(FusedOptimizer):
+    """``torch.optim.AdamW`` with the step measured, decided and applied in one call.
+
+    Torch's update within rounding: the roots here are correctly rounded, torch's on the CPU are one unit off now and
+    then. bfloat16 and float16 parameters are computed in float32 and rounded once.
+
+    Args:
+        params: parameters or groups of them; float32, float64, bfloat16 or float16, of any dense layout.
+        lr: the base rate, a float or a tensor of one element (default: 1e-3).
+        betas: the factors on the running means of g and g^2 (default: (0.9, 0.999)).
+        eps: added to the root of the second moment (default: 1e-8).
+        weight_decay: shrinks the parameter by lr * weight_decay (default: 1e-2).
+        amsgrad: divide by the largest second moment so far (default: False).
+        maximize: climb (default: False).
+        foreach, capturable, fused: accepted for torch's sake, without effect.
+        differentiable: must be False.
+
+    The other arguments, and the errors, are :class:`FusedOptimizer`'s.
+    """
+
+    _rule = Rule.ADAMW
+    _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        schedule: Any = None,
+        max_grad_norm: float | None = None,
+        track: Iterable[str] = (),
+        prev_grad: str = "store",
+        process_group: Any = None,
+        backend: str | None = None,
+        history_size: int | None = 1024,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(
+            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_finite(group, "eps")
+        for i, beta in enumerate(group["betas"]):
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
+
+    def _hyper(self, group: dict[str, Any]) -> list[float]:
+        beta1, beta2 = group["betas"]
+        decay, maximize = group["weight_decay"], group["maximize"]
+        return [float(x) for x in (decay, maximize, beta1, beta2, group["eps"], group["amsgrad"], 0)]
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._states if group["amsgrad"] else self._states[:2]
+
+    def _updates_in(self, state: dict[str, Any]) -> float:
+        return float(state.get("step", 0.0))
+
+    def _show_updates(self, state: dict[str, Any], updates: Tensor) -> None:
+        state["step"] = updates
