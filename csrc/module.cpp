@@ -94,18 +94,42 @@ bool pointer(PyObject* object, int bits, T** out, int64_t* size = nullptr) {
   return false;
 }
 
+// Where the tensors of one argument come from: a list of tensors, or a pair (list of dictionaries, key), for states.
+struct Column {
+  PyObject* list = nullptr;
+  PyObject* key = nullptr;
+
+  bool parse(PyObject* argument) {
+    if (argument == Py_None) return true;
+    list = argument;
+    if (PyTuple_Check(argument)) {
+      list = PyTuple_GetItem(argument, 0);
+      key = list ? PyTuple_GetItem(argument, 1) : nullptr;
+      if (!key) return false;
+    }
+    return PyList_Check(list);
+  }
+
+  // A borrowed reference; None where there is no such tensor; null after an error.
+  PyObject* item(Py_ssize_t i) const {
+    PyObject* found = list ? PyList_GetItem(list, i) : Py_None;
+    if (!found || !key) return found;
+    found = PyDict_GetItemWithError(found, key);
+    return found || PyErr_Occurred() ? found : Py_None;
+  }
+};
+
 constexpr int kLists = 2 + lrk::kStates + 2;  // params, grads, states, previous gradients to read and to write
 
 // Reads row `i` of the lists. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
-int add_row(Job& job, PyObject* const* lists, Py_ssize_t i, const int32_t* groups, float* counts) {
+int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, const int32_t* groups, float* counts) {
   View views[kLists];
-  for (int k = 0; k < kLists; ++k) {
-    if (lists[k] == Py_None) continue;
-    PyObject* item = PyList_GetItem(lists[k], i);
-    if (!item || !views[k].read(item)) return -1;
-  }
   const View &param = views[0], &grad = views[1];
-  if (!grad.present) return 1;
+  for (int k : {1, 0, 2, 3, 4, 5, 6}) {
+    PyObject* item = columns[k].item(i);
+    if (!item || !views[k].read(item)) return -1;
+    if (!grad.present) return 1;
+  }
   for (const View& view : views) {
     if (!view.present) continue;
     if (view.device.device_type != kDLCPU) return error("the native CPU kernels were given a tensor elsewhere"), -1;
@@ -146,6 +170,7 @@ PyObject* run(PyObject*, PyObject* args) {
   Job job;
   int two_pass;
   PyObject* lists[kLists];
+  Column columns[kLists];
   PyObject *groups, *counts, *control, *settings, *lr, *hyper, *table, *decay, *history, *found_inf, *grad_scale;
   if (!PyArg_ParseTuple(args, "iiipOOOOOOOOOOOOOOOOOO", &verbs, &job.rule, &job.measure, &two_pass, &lists[0],
                         &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &lists[6], &groups, &counts, &control,
@@ -163,14 +188,15 @@ PyObject* run(PyObject*, PyObject* args) {
       !pointer(grad_scale, 32, const_cast<float**>(&job.grad_scale)) || !pointer(counts, 32, &counts_in) ||
       !group_view.read(groups))
     return nullptr;
-  for (PyObject* list : lists)
-    if (list != Py_None && !PyList_Check(list)) return error("run() takes lists of tensors");
-  const Py_ssize_t size = PyList_Size(lists[0]);
+  for (int k = 0; k < kLists; ++k)
+    if (!columns[k].parse(lists[k])) return error("run() takes lists of tensors, or (dictionaries, key)");
+  if (!columns[0].list || !columns[1].list) return error("run() needs parameters and gradients");
+  const Py_ssize_t size = PyList_Size(columns[0].list);
   PyObject* uneven = PyList_New(0);
   if (!uneven) return nullptr;
   job.rows.reserve(size_t(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const int added = add_row(job, lists, i, static_cast<const int32_t*>(group_view.memory()), counts_in);
+    const int added = add_row(job, columns, i, static_cast<const int32_t*>(group_view.memory()), counts_in);
     if (added > 0) continue;
     PyObject* index = added < 0 ? nullptr : PyLong_FromSsize_t(i);
     if (!index || PyList_Append(uneven, index) != 0) {

@@ -120,29 +120,26 @@ LRK_RULE double sqrt(double a) {
 template <class T>
 struct SgdStep {
   T weight_decay, decay, momentum, undampened, minus_lr;
-  bool coupled, decoupled, has_momentum, nesterov;
+  bool coupled, has_momentum, nesterov;
 
   // The buffer starts at zero; torch starts it at the first gradient, undampened.
   LRK_RULE SgdStep(const double* hyper, double lr, float updates)
       : weight_decay(T(hyper[kWeightDecay])),
-        decay(T(1.0 - lr * hyper[kWeightDecay])),
+        decay(T(hyper[kDecoupled] != 0 ? 1.0 - lr * hyper[kWeightDecay] : 1.0)),
         momentum(T(hyper[kMomentum])),
         undampened(updates == 0 && hyper[kZeroInit] == 0 ? T(1) : T(1.0 - hyper[kDampening])),
         minus_lr(T(-lr)),
         coupled(hyper[kWeightDecay] != 0 && hyper[kDecoupled] == 0),
-        decoupled(hyper[kWeightDecay] != 0 && hyper[kDecoupled] != 0),
         has_momentum(hyper[kMomentum] != 0),
         nesterov(hyper[kNesterov] != 0) {}
 
   LRK_RULE void operator()(T& param, T grad, T& buffer) const {
-    if (decoupled) param = param * decay;
-    if (coupled) grad = fma(param, weight_decay, grad);
-    T direction = grad;
-    if (has_momentum) {
-      buffer = fma(grad, undampened, buffer * momentum);
-      direction = nesterov ? fma(buffer, momentum, grad) : buffer;
-    }
-    param = fma(direction, minus_lr, param);
+    param = param * decay;
+    grad = coupled ? fma(param, weight_decay, grad) : grad;
+    const T mixed = fma(grad, undampened, buffer * momentum);
+    buffer = has_momentum ? mixed : buffer;
+    const T ahead = nesterov ? fma(mixed, momentum, grad) : mixed;
+    param = fma(has_momentum ? ahead : grad, minus_lr, param);
   }
 };
 
@@ -162,17 +159,20 @@ struct AdamWStep {
         eps(T(hyper[kEps])),
         minus_step_size(T(-(lr / (1.0 - ::pow(hyper[kBeta1], double(updates) + 1.0))))),
         near_start(weight1 < T(0.5)),
-        amsgrad(hyper[kAmsgrad] != 0) {}
+        amsgrad(hyper[kAmsgrad] != 0) {
+    if (!near_start) weight1 -= T(1);  // torch.lerp starts at the nearer end
+  }
 
   LRK_RULE void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
-    param = param * decay;
-    const T toward = grad - exp_avg;
-    exp_avg = near_start ? fma(weight1, toward, exp_avg) : fma(weight1 - T(1), toward, grad);
-    exp_avg_sq = fma(grad * weight2, grad, exp_avg_sq * beta2);
-    T second = exp_avg_sq;
-    if (amsgrad) second = max_exp_avg_sq = exp_avg_sq > max_exp_avg_sq ? exp_avg_sq : max_exp_avg_sq;
-    const T denominator = sqrt(second) / bias2_sqrt + eps;
-    param = param + (exp_avg * minus_step_size) / denominator;
+    const T old = exp_avg, largest_so_far = max_exp_avg_sq;  // values, not references: the loop comes out as vectors
+    const T mean = fma(weight1, grad - old, near_start ? old : grad);
+    const T mean_sq = fma(grad * weight2, grad, exp_avg_sq * beta2);
+    const T largest = mean_sq > largest_so_far ? mean_sq : largest_so_far;
+    const T denominator = sqrt(amsgrad ? largest : mean_sq) / bias2_sqrt + eps;
+    param = param * decay + (mean * minus_step_size) / denominator;
+    exp_avg = mean;
+    exp_avg_sq = mean_sq;
+    max_exp_avg_sq = largest;
   }
 };
 

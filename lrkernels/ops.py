@@ -227,7 +227,7 @@ def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list
     uneven = _C.run(verbs, rule, measure, two_pass, params, *rest)
     if not uneven:
         return
-    tensors, others = [list(params), *(list(x) if x else None for x in rest[:6])], rest[6:]
+    tensors, others = [list(params), *map(_listed, rest[: LISTS - 1])], rest[LISTS - 1 :]
     written_back: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
         param = torch.empty_like(params[i]).copy_(params[i])  # dense, in the order of the parameter's strides
@@ -248,6 +248,13 @@ def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list
     assert not still, "lrkernels: the copies of uneven tensors share one layout"
     for original, copy in written_back:
         original.copy_(copy)
+
+
+def _listed(column: Any) -> list[Any] | None:
+    """Return a column's tensors: those of a list, or of a pair (list of dictionaries, key)."""
+    if isinstance(column, tuple):
+        return [state.get(column[1]) for state in column[0]]
+    return list(column) if column else None
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -273,7 +280,7 @@ def _as_operator(verbs: Verb, runner: Callable[..., None]) -> Callable[..., None
 
 
 def _eager_lists(verbs: int, rule: int, measure: int, two_pass: bool, *tensors: Any) -> None:
-    lists: list[Any] = [x or [] for x in tensors[:LISTS]]
+    lists: list[Any] = [_listed(x) or [] for x in tensors[:LISTS]]
     run_eager(verbs, rule, measure, two_pass, *lists, *tensors[LISTS:])
 
 

@@ -311,12 +311,13 @@ class FusedOptimizer(Optimizer):
     def _launch(self, plan: _Plan, grads: list[Tensor | None]) -> None:
         controller, run = self._controller, self._run
         assert run is not None
-        prev_read = prev_write = None
+        prev_read: Any = None
+        prev_write: Any = None
         if self._keeps_prev():
             if self._prev_grad == "swap":
                 prev_read = self._kept_grads(plan)
             else:
-                prev_write = [state.get("prev_grad") for state in plan.states]
+                prev_write = (plan.states, "prev_grad")
         found_inf = getattr(self, "found_inf", None)
         controller.before_step()
         arguments = (
@@ -325,7 +326,7 @@ class FusedOptimizer(Optimizer):
             self._two_pass,
             plan.params,
             grads,
-            *([state.get(key) for state in plan.states] if key else None for key in self._states),
+            *((plan.states, key) if key else None for key in self._states),
             prev_read,
             prev_write,
             plan.groups,

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -29,7 +30,7 @@ namespace baseline {
 #include "tiles.h"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LRK_BASELINE_ONLY)
 #define LRK_X86_64_V3
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
@@ -65,6 +66,7 @@ struct Chunk {
 
 std::vector<Chunk> chunks_of(const std::vector<Row>& rows) {
   std::vector<Chunk> chunks;
+  chunks.reserve(rows.size());
   for (const Row& row : rows)
     for (int64_t begin = 0; begin < row.numel; begin += kChunk)
       chunks.push_back({&row, begin, std::min(begin + kChunk, row.numel)});

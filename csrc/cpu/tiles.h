@@ -4,6 +4,11 @@
 //
 // Everything is computed in T: float for parameters of up to 32 bits, double for float64.
 
+constexpr int kBlock = 16;
+
+template <class T>
+constexpr Dtype dtype_of = sizeof(T) == 4 ? kFloat32 : kFloat64;
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -44,35 +49,35 @@ inline uint16_t to_float16(float x) {
   return uint16_t(sign | half);
 }
 
+// `size` elements in T: in place where they are T and whole blocks, otherwise a copy, padded with zeros to a whole
+// block.
 template <class T>
 T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch) {
-  const auto convert = [&](auto* source, auto to_float) {
-    source += offset;
-    for (int i = 0; i < size; ++i) scratch[i] = T(to_float(source[i]));
+  const auto convert = [&](const auto* source, auto to_float) {
+    for (int i = 0; i < size; ++i) scratch[i] = T(to_float(source[offset + i]));
+    for (int i = size; i % kBlock != 0; ++i) scratch[i] = 0;
     return scratch;
   };
   const auto same = [](auto x) { return x; };
+  if (dtype == dtype_of<T> && size % kBlock == 0) return static_cast<T*>(const_cast<void*>(memory)) + offset;
   switch (dtype) {
     case kBFloat16:
       return convert(static_cast<const uint16_t*>(memory), from_bfloat16);
     case kFloat16:
       return convert(static_cast<const uint16_t*>(memory), from_float16);
     case kFloat32:
-      if (sizeof(T) == 4) return static_cast<T*>(const_cast<void*>(memory)) + offset;
       return convert(static_cast<const float*>(memory), same);
     default:
-      if (sizeof(T) == 8) return static_cast<T*>(const_cast<void*>(memory)) + offset;
       return convert(static_cast<const double*>(memory), same);
   }
 }
 
-// `values` written where it came from needs no store.
+// What is already in its place needs no store.
 template <class T>
 void store(void* memory, Dtype dtype, int64_t offset, int size, const T* values) {
   const auto convert = [&](auto* target, auto from_float) {
-    target += offset;
-    if (static_cast<const void*>(target) == values) return;
-    for (int i = 0; i < size; ++i) target[i] = from_float(values[i]);
+    if (static_cast<const void*>(target + offset) == values) return;
+    for (int i = 0; i < size; ++i) target[offset + i] = from_float(values[i]);
   };
   switch (dtype) {
     case kBFloat16:
@@ -86,118 +91,164 @@ void store(void* memory, Dtype dtype, int64_t offset, int size, const T* values)
   }
 }
 
-// A copy that is not read again soon: past the caches, so that the target is written without being read first.
-inline void stream(float* target, const float* source, int size) {
-  int i = 0;
-#if defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(target) % 16 == 0)
-    for (; i + 4 <= size; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
-#endif
-  for (; i < size; ++i) target[i] = source[i];
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks: kBlock elements, a cache line of floats, are measured and updated together, in registers.
 
-// Sums in float64, in kLanes running sums each, added up in one fixed order: the same bits on every processor.
-constexpr int kLanes = 8;
+// Sums in float64, in lanes added up in one fixed order: the same bits on every processor.
+constexpr int kLanes = 4;  // what a 32-byte register holds; a narrower machine takes two
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), aligned(8)));
 typedef int64_t LaneMask __attribute__((vector_size(kLanes * sizeof(double)), aligned(8)));
 
-template <class T>
-inline Lanes lanes(const T* values) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T))));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(values), Lanes);
+inline Lanes lanes(const double* values) {
+  return *reinterpret_cast<const Lanes*>(values);
+}
+
+inline Lanes lanes(const float* values) {
+#if defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_loadu_ps(values)));
+#else
+  return Lanes{values[0], values[1], values[2], values[3]};
+#endif
+}
+
+// sum += a * b. A product of two floats is exact in float64, so that fusing the addition changes no bit of it.
+inline void add_product(Lanes& sum, Lanes a, Lanes b) {
+#if defined(__FMA__)
+  sum = reinterpret_cast<Lanes>(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(sum)));
+#else
+  sum += a * b;
+#endif
 }
 
 inline Lanes absolute(Lanes x) {
   return reinterpret_cast<Lanes>(reinterpret_cast<LaneMask>(x) & INT64_MAX);
 }
 
-inline double total(Lanes x) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
+// f(flag), with the flag known to the compiler: a loop without its branch comes out as vectors.
+template <class F>
+inline void fix(bool flag, F f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
 }
 
-// sums[k] += the sum over the tile of terms(...)[k], a whole number of lanes at a time, then the rest padded with
-// zeros.
-template <int kTerms, class T, int kInputs, class Terms>
-void accumulate(double* const (&sums)[kTerms], const T* const (&inputs)[kInputs], int size, Terms terms) {
-  Lanes running[kTerms] = {};
-  const auto add = [&](const T* const(&at)[kInputs], int i) {
-    Lanes values[kInputs], results[kTerms];
-    for (int k = 0; k < kInputs; ++k) values[k] = lanes(at[k] + i);
-    terms(values, results);
-    for (int k = 0; k < kTerms; ++k) running[k] += results[k];
-  };
-  int i = 0;
-  for (; i + kLanes <= size; i += kLanes) add(inputs, i);
-  if (i < size) {
-    T padded[kInputs][kLanes] = {};
-    const T* rest[kInputs];
-    for (int k = 0; k < kInputs; ++k) {
-      for (int lane = 0; lane < size - i; ++lane) padded[k][lane] = inputs[k][i + lane];
-      rest[k] = padded[k];
+// What MEASURE adds up. Named sums rather than an array of them, so that the compiler keeps each in a register.
+template <class T>
+struct Sums {
+  Lanes grad_sq{}, grad_abs{}, dot_direction{}, direction_sq{}, dot_prev{}, prev_sq{}, diff_sq{}, move_sq{};
+
+  // kLanes elements. `has_direction` and `has_prev` are known to the compiler.
+  template <class Direction, class Prev>
+  LRK_RULE void add(const T* grad, Direction has_direction, const T* direction, Prev has_prev, const T* prev) {
+    const Lanes g = lanes(grad);
+    add_product(grad_sq, g, g);
+    grad_abs += absolute(g);
+    if (has_direction) {
+      const Lanes d = lanes(direction);
+      add_product(dot_direction, g, d);
+      add_product(direction_sq, d, d);
     }
-    add(rest, 0);
+    if (has_prev) {
+      const Lanes q = lanes(prev), difference = g - q;
+      add_product(dot_prev, g, q);
+      add_product(prev_sq, q, q);
+      add_product(diff_sq, difference, difference);
+    }
   }
-  for (int k = 0; k < kTerms; ++k) *sums[k] += total(running[k]);
+
+  LRK_RULE void add_move(const T* before, const T* after) {
+    const Lanes moved = lanes(after) - lanes(before);
+    add_product(move_sq, moved, moved);
+  }
+
+  LRK_RULE void add_to(double* sums, const Sums& other) const {
+    const auto add_up = [](double& sum, Lanes a, Lanes b) {
+      const Lanes both = a + b;
+      sum += (both[0] + both[1]) + (both[2] + both[3]);
+    };
+    add_up(sums[kGradSq], grad_sq, other.grad_sq);
+    add_up(sums[kGradAbs], grad_abs, other.grad_abs);
+    add_up(sums[kDotDirection], dot_direction, other.dot_direction);
+    add_up(sums[kDirectionSq], direction_sq, other.direction_sq);
+    add_up(sums[kDotPrev], dot_prev, other.dot_prev);
+    add_up(sums[kPrevSq], prev_sq, other.prev_sq);
+    add_up(sums[kDiffSq], diff_sq, other.diff_sq);
+    add_up(sums[kMoveSq], move_sq, other.move_sq);
+  }
+};
+
+// A block past the caches, for it is not read again soon: the target is written without being read first.
+template <class T>
+inline void stream(T* target, const T* source) {
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
+    for (size_t i = 0; i < kBlock * sizeof(T) / sizeof(__m256i); ++i)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i,
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source) + i));
+    return;
+  }
+#endif
+  std::memcpy(target, source, kBlock * sizeof(T));
 }
 
-// MEASURE one tile. `direction` and `prev` may be null.
+// APPLY one block.
 template <class T>
-void measure(const T* grad, const T* direction, const T* prev, int size, double* sums) {
-  if (direction) {
-    accumulate<4>({&sums[kGradSq], &sums[kGradAbs], &sums[kDotDirection], &sums[kDirectionSq]}, {grad, direction}, size,
-                  [](const Lanes* in, Lanes* out) {
-                    out[0] = in[0] * in[0], out[1] = absolute(in[0]);
-                    out[2] = in[0] * in[1], out[3] = in[1] * in[1];
-                  });
-  } else {
-    accumulate<2>({&sums[kGradSq], &sums[kGradAbs]}, {grad}, size,
-                  [](const Lanes* in, Lanes* out) { out[0] = in[0] * in[0], out[1] = absolute(in[0]); });
-  }
-  if (prev) {
-    accumulate<3>({&sums[kDotPrev], &sums[kPrevSq], &sums[kDiffSq]}, {grad, prev}, size,
-                  [](const Lanes* in, Lanes* out) {
-                    const Lanes difference = in[0] - in[1];
-                    out[0] = in[0] * in[1], out[1] = in[1] * in[1], out[2] = difference * difference;
-                  });
-  }
+LRK_RULE void apply(const SgdStep<T>& rule, T* param, const T* grad, T scale, T* buffer, T*, T*) {
+#pragma GCC ivdep
+  for (int i = 0; i < kBlock; ++i) rule(param[i], grad[i] * scale, buffer[i]);
 }
 
 template <class T>
-void measure_move(const T* before, const T* after, int size, double* sums) {
-  accumulate<1>({&sums[kMoveSq]}, {before, after}, size, [](const Lanes* in, Lanes* out) {
-    const Lanes moved = in[1] - in[0];
-    out[0] = moved * moved;
+LRK_RULE void apply(const AdamWStep<T>& rule, T* param, const T* grad, T scale, T* exp_avg, T* exp_avg_sq,
+                    T* max_exp_avg_sq) {
+#pragma GCC ivdep
+  for (int i = 0; i < kBlock; ++i) rule(param[i], grad[i] * scale, exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles and chunks
+
+// One tile's tensors in T, a whole number of blocks each.
+template <class T>
+struct Tile {
+  T* param;
+  const T* grad;
+  T* states[kStates];
+  const T* direction;  // null: not measured
+  const T* prev;       // null: not measured
+  T* prev_write;       // null: nothing is kept, or not here
+  int size;
+};
+
+template <class T, class StepRule>
+void run_tile(const Tile<T>& at, const StepRule& step, T scaled, bool measuring, bool applying, bool moving,
+              double* sums) {
+  fix(at.direction != nullptr, [&](auto direction) {
+    fix(at.prev != nullptr, [&](auto prev) {
+      const Tile<T> tile = at;  // copies that nothing else can point to, so that they stay in registers
+      const StepRule rule = step;
+      const T scale = scaled;
+      Sums<T> even, odd;  // side by side, so that no addition waits for the one before it
+      for (int i = 0; i < tile.size; i += kBlock) {
+        for (int j = i; measuring && j < i + kBlock; j += 2 * kLanes) {
+          even.add(tile.grad + j, direction, tile.direction + j, prev, tile.prev + j);
+          const int k = j + kLanes;
+          odd.add(tile.grad + k, direction, tile.direction + k, prev, tile.prev + k);
+        }
+        if (!applying) continue;
+        if (tile.prev_write) stream(tile.prev_write + i, tile.grad + i);
+        T before[kBlock];
+        if (moving) std::memcpy(before, tile.param + i, sizeof before);
+        apply(rule, tile.param + i, tile.grad + i, scale, tile.states[0] + i, tile.states[1] + i, tile.states[2] + i);
+        for (int j = 0; moving && j < kBlock; j += 2 * kLanes) {
+          even.add_move(before + j, tile.param + i + j);
+          odd.add_move(before + j + kLanes, tile.param + i + j + kLanes);
+        }
+      }
+      if (measuring || moving) even.add_to(sums, odd);
+    });
   });
-}
-
-// APPLY one tile: the rule, element by element.
-template <class T>
-void apply(const SgdStep<T>& rule, T* __restrict param, const T* __restrict grad, T scale, T* const* states, int size) {
-  const SgdStep<T> step = rule;
-  if (step.has_momentum) {
-    T* __restrict buffer = states[0];
-    for (int i = 0; i < size; ++i) step(param[i], grad[i] * scale, buffer[i]);
-  } else {
-    T none = 0;
-    for (int i = 0; i < size; ++i) step(param[i], grad[i] * scale, none);
-  }
-}
-
-template <class T>
-void apply(const AdamWStep<T>& rule, T* __restrict param, const T* __restrict grad, T scale, T* const* states,
-           int size) {
-  const AdamWStep<T> step = rule;
-  T* __restrict exp_avg = states[0];
-  T* __restrict exp_avg_sq = states[1];
-  if (step.amsgrad) {
-    T* __restrict max_exp_avg_sq = states[2];
-    for (int i = 0; i < size; ++i) step(param[i], grad[i] * scale, exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i]);
-  } else {
-    T none = 0;
-    for (int i = 0; i < size; ++i) step(param[i], grad[i] * scale, exp_avg[i], exp_avg_sq[i], none);
-  }
 }
 
 // One chunk of one row: MEASURE and APPLY, either or both.
@@ -205,6 +256,7 @@ template <class T, class StepRule>
 void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool measuring, bool applying,
                double* sums) {
   alignas(64) T scratch[4 + kStates][kTile];
+  alignas(64) static thread_local T unused[kTile];  // what a rule reads and writes where it has no state
   const double* hyper = job.hyper + row.group * kHypers;
   const double* control = job.control;
   const double multiplier = at(job.table, job.table_size, control[kStep]);
@@ -213,61 +265,75 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const T unscale = T(job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0);
   const T scale = T(sign * control[kClip]);
   const T prev_unscale = T(!row.prev_write && control[kLastGradScale] != 0 ? 1.0 / control[kLastGradScale] : 1.0);
-  const bool has_prev = row.prev_read && (!row.prev_write || row.counts[kHasPrev] != 0);
+  const bool has_prev = measuring && row.prev_read && (!row.prev_write || row.counts[kHasPrev] != 0);
   const bool momentumless = job.rule == kSgd && hyper[kMomentum] == 0;
+  const bool directed = measuring && (job.measure & kDirection);
+  const bool moving = job.measure & kMove;
+  const bool native = row.param_dtype == dtype_of<T>;
+  double chunk_sums[kSums] = {};
 
-  for (int64_t offset = begin; offset < end; offset += kTile) {
-    const int size = int(end - offset < kTile ? end - offset : kTile);
-    T* states[kStates] = {};
+  int size = 0;
+  for (int64_t offset = begin; offset < end; offset += size) {
+    const int rest = int(end - offset < kTile ? end - offset : kTile);
+    size = rest >= kBlock ? rest / kBlock * kBlock : rest;
+    Tile<T> tile{};
+    tile.size = (size + kBlock - 1) / kBlock * kBlock;
     for (int k = 0; k < kStates; ++k)
-      if (row.states[k]) states[k] = load(row.states[k], row.state_dtype, offset, size, scratch[4 + k]);
-    const T* grad = load(row.grad, row.grad_dtype, offset, size, scratch[0]);
+      tile.states[k] = row.states[k] ? load(row.states[k], row.state_dtype, offset, size, scratch[4 + k]) : unused;
+    T* grad = load(row.grad, row.grad_dtype, offset, size, scratch[0]);
     if (unscale != 1) {
-      for (int i = 0; i < size; ++i) scratch[0][i] = grad[i] * unscale;
+      for (int i = 0; i < tile.size; ++i) scratch[0][i] = grad[i] * unscale;
       grad = scratch[0];
     }
-    if (measuring) {
-      const T* prev = has_prev ? load(row.prev_read, row.prev_dtype, offset, size, scratch[1]) : nullptr;
-      if (prev && prev_unscale != 1) {
-        for (int i = 0; i < size; ++i) scratch[1][i] = prev[i] * prev_unscale;
+    tile.grad = grad;
+    if (has_prev) {
+      T* prev = load(row.prev_read, row.prev_dtype, offset, size, scratch[1]);
+      if (prev_unscale != 1) {
+        for (int i = 0; i < tile.size; ++i) scratch[1][i] = prev[i] * prev_unscale;
         prev = scratch[1];
       }
-      const T* direction = nullptr;
-      double tile_sums[kSums] = {};
-      if (job.measure & kDirection) {
-        direction = job.rule == kSgd ? (momentumless ? prev : states[0]) : nullptr;
-        if (job.rule == kAdamW && row.counts[kUpdates] > 0) {
-          const AdamWDirection<T> moved(hyper, row.counts[kUpdates]);
-          const T* second = states[2] ? states[2] : states[1];
-          for (int i = 0; i < size; ++i) scratch[2][i] = moved(states[0][i], second[i]);
-          direction = scratch[2];
-        }
-      }
-      measure(grad, direction, prev, size, tile_sums);
-      // The direction already points uphill where the gradient is maximised; the previous gradient does not.
-      if (!momentumless) tile_sums[kDotDirection] *= sign;
-      for (int k = 0; k < kMoveSq; ++k) sums[k] += tile_sums[k];
+      tile.prev = prev;
     }
-    if (applying) {
-      T* param = load(row.param, row.param_dtype, offset, size, scratch[3]);
-      if (job.measure & kMove) std::memcpy(scratch[2], param, size * sizeof(T));
-      if (row.prev_write) {
-        const bool same = row.prev_dtype == kFloat32 && sizeof(T) == 4;
-        if (same)
-          stream(static_cast<float*>(row.prev_write) + offset, reinterpret_cast<const float*>(grad), size);
-        else
-          store(row.prev_write, row.prev_dtype, offset, size, grad);
-      }
-      apply(rule, param, grad, scale, states, size);
-      store(row.param, row.param_dtype, offset, size, param);
-      for (int k = 0; k < kStates; ++k)
-        if (states[k]) store(row.states[k], row.state_dtype, offset, size, states[k]);
-      if (job.measure & kMove) {
-        const T* moved = load(row.param, row.param_dtype, offset, size, param);
-        measure_move(scratch[2], moved, size, sums);
-      }
+    if (directed && momentumless) {
+      tile.direction = tile.prev;
+    } else if (directed && job.rule == kSgd) {
+      tile.direction = tile.states[0];
+    } else if (directed && row.counts[kUpdates] > 0) {
+      const AdamWDirection<T> moved(hyper, row.counts[kUpdates]);
+      const T* second = row.states[2] ? tile.states[2] : tile.states[1];
+      for (int i = 0; i < tile.size; ++i) scratch[2][i] = moved(tile.states[0][i], second[i]);
+      tile.direction = scratch[2];
+    }
+    if (!applying) {
+      run_tile(tile, rule, scale, true, false, false, chunk_sums);
+      continue;
+    }
+    tile.param = load(row.param, row.param_dtype, offset, size, scratch[3]);
+    if (row.prev_write) {
+      // Kept past the caches by the tile itself where it is of one dtype, and has been read by then.
+      const bool direct = row.prev_dtype == dtype_of<T> && size % kBlock == 0;
+      if (direct)
+        tile.prev_write = static_cast<T*>(row.prev_write) + offset;
+      else
+        store(row.prev_write, row.prev_dtype, offset, size, tile.grad);
+    }
+    alignas(64) T before[kTile];
+    const bool rounded = moving && !native;  // the real move is between what was and what will be in memory
+    if (rounded) std::memcpy(before, tile.param, tile.size * sizeof(T));
+    run_tile(tile, rule, scale, measuring, true, moving && native, chunk_sums);
+    store(row.param, row.param_dtype, offset, size, tile.param);
+    for (int k = 0; k < kStates; ++k)
+      if (row.states[k]) store(row.states[k], row.state_dtype, offset, size, tile.states[k]);
+    if (rounded) {
+      const T* after = load(row.param, row.param_dtype, offset, size, scratch[3]);
+      Sums<T> moves;
+      for (int i = 0; i < tile.size; i += kLanes) moves.add_move(before + i, after + i);
+      moves.add_to(chunk_sums, {});
     }
   }
+  // The direction already points uphill where the gradient is maximised; a previous gradient does not.
+  if (!momentumless) chunk_sums[kDotDirection] *= sign;
+  for (int k = 0; k < kSums; ++k) sums[k] += chunk_sums[k];
 #if defined(__SSE2__)
   if (row.prev_write) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
 #endif
