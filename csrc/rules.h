@@ -38,7 +38,7 @@ enum Stat {
 enum Control {
   kStep,           // completed updates: the schedule's position
   kSkipped,        // skipped steps
-  kCalls,          // both: the history's position
+  kRows,           // rows written to the history
   kFactor,         // the closed loop's factor on the rate, as this step applies it
   kNextFactor,     // and as decided from everything measured so far
   kLogFactor,      // alignment: the running sum of the exponent
@@ -50,6 +50,7 @@ enum Control {
   kLastGradScale,  // the loss scale that a swapped previous gradient still carries
   kClip,           // this step's clip factor
   kSkip,           // this step changes nothing
+  kFirstLr,        // gala, volsched: the first group's rate before the first step, lr_0
   kSignal,         // volsched: the value observed for this step; NaN when there is none
   kSignals,        // volsched: how many values the ring has taken
   kStatsAt,
@@ -232,8 +233,8 @@ LRK_RULE double alignment_factor(double* control, const double* settings, double
 }
 
 // Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2.
-LRK_RULE double gala_factor(double* control, const double* settings, const double* sums, double lr0, int rule) {
-  const double delta = settings[kDelta];
+LRK_RULE double gala_factor(double* control, const double* settings, const double* sums, int rule) {
+  const double delta = settings[kDelta], lr0 = control[kFirstLr];
   if (control[kStep] > 0) {
     const double smoothness = ::sqrt(sums[kDiffSq]) / ::sqrt(control[kLastMoveSq]);
     if (is_finite(smoothness)) control[kSmoothness] = smoothness;
@@ -277,7 +278,8 @@ LRK_RULE double volatility_multiplier(const double* control, const double* setti
 
 // Every N steps lr <- max(lr_min, lr M A), A = s(e) / s(e - N); linear warm-up first. `step` counts this update in.
 LRK_RULE double volsched_factor(double* control, const double* settings, const double* decay, int64_t decay_size,
-                                double lr0, double step) {
+                                double step) {
+  const double lr0 = control[kFirstLr];
   const double warmup = settings[kWarmupSteps], window = settings[kWindow];
   const double elapsed = step - warmup;
   if (elapsed < 0) {
@@ -301,7 +303,7 @@ LRK_RULE void begin(double* control, bool found_inf) {
 }
 
 // What the sums say: the statistics, the clip, whether to skip, the closed loop's next factor.
-LRK_RULE void decide(double* control, const double* settings, double lr0, int rule, bool two_pass) {
+LRK_RULE void decide(double* control, const double* settings, int rule, bool two_pass) {
   const double* sums = control + kSumsAt;
   double* stats = control + kStatsAt;
   const double norm = ::sqrt(sums[kGradSq]);
@@ -318,7 +320,7 @@ LRK_RULE void decide(double* control, const double* settings, double lr0, int ru
   if (!is_finite(sums[kGradSq])) return;
   if (settings[kClosedLoop] == kAlignment)
     control[kNextFactor] = alignment_factor(control, settings, stats[kStatDirectionCosine]);
-  if (settings[kClosedLoop] == kGala) control[kNextFactor] = gala_factor(control, settings, sums, lr0, rule);
+  if (settings[kClosedLoop] == kGala) control[kNextFactor] = gala_factor(control, settings, sums, rule);
   if (two_pass && settings[kLag] == 0) control[kFactor] = control[kNextFactor];
 }
 
@@ -327,30 +329,28 @@ LRK_RULE void finish(double* control, const double* settings, const double* deca
                      int64_t history_size, double lr0, double multiplier, double grad_scale) {
   const double* sums = control + kSumsAt;
   double* stats = control + kStatsAt;
-  stats[kStatLr] = rate(lr0, multiplier, control, settings);
-  stats[kStatClip] = control[kClip];
-  if (control[kSkip] == 0) {
-    control[kStep] += 1.0;
-    control[kLastGradSq] = sums[kGradSq];
-    control[kLastMoveSq] = sums[kMoveSq];
-    control[kLastGradScale] = grad_scale;
-    if (settings[kClosedLoop] == kVolSched) {
-      const double signal = control[kSignal];
-      if (is_finite(signal)) {
-        control[kRingAt + int64_t(control[kSignals]) % int64_t(settings[kCapacity])] = signal > 1e-8 ? signal : 1e-8;
-        control[kSignals] += 1.0;
-      }
-      control[kNextFactor] = volsched_factor(control, settings, decay, decay_size, lr0, control[kStep]);
-    }
-  } else {
-    control[kSkipped] += 1.0;
-  }
+  const double signal = control[kSignal];
   control[kSignal] = NAN;
-  stats[kStatStep] = control[kStep];
-  stats[kStatSkipped] = control[kSkipped];
-  double* row = history + (int64_t(control[kCalls]) % history_size) * kStats;
+  stats[kStatClip] = control[kClip];
+  stats[kStatLr] = rate(lr0, multiplier, control, settings);
+  if (control[kSkip] != 0) {
+    stats[kStatSkipped] = control[kSkipped] += 1.0;
+    return;
+  }
+  stats[kStatStep] = control[kStep] += 1.0;
+  control[kLastGradSq] = sums[kGradSq];
+  control[kLastMoveSq] = sums[kMoveSq];
+  control[kLastGradScale] = grad_scale;
+  if (settings[kClosedLoop] == kVolSched) {
+    if (is_finite(signal)) {
+      control[kRingAt + int64_t(control[kSignals]) % int64_t(settings[kCapacity])] = signal > 1e-8 ? signal : 1e-8;
+      control[kSignals] += 1.0;
+    }
+    control[kNextFactor] = volsched_factor(control, settings, decay, decay_size, control[kStep]);
+  }
+  double* row = history + (int64_t(control[kRows]) % history_size) * kStats;
   for (int i = 0; i < kStats; ++i) row[i] = stats[i];
-  control[kCalls] += 1.0;
+  control[kRows] += 1.0;
 }
 
 }  // namespace lrk

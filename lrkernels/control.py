@@ -93,15 +93,16 @@ class Controller:
         self.control = torch.zeros(RING_AT + signals, dtype=torch.float64)
         self.control[Control.FACTOR] = self.control[Control.NEXT_FACTOR] = self._first_factor()
         self.control[Control.LAST_GRAD_SCALE] = self.control[Control.CLIP] = 1.0
-        self.control[Control.SIGNAL] = math.nan
+        self.control[Control.SIGNAL] = self.control[Control.FIRST_LR] = math.nan
         self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)
         self.table = torch.ones(1, dtype=torch.float64)
         self.decay = torch.tensor(self._decay(), dtype=torch.float64)
         self._tabulated: list[float] = []
+        self._started = False  # whether lr_0 is set
         self._steps = 0  # an upper bound of control[STEP], which the host does not read
         self._keep_all = history_size is None
-        self._pages: list[Tensor] = []  # rows taken from the ring
-        self._calls = 0
+        self._pages: list[tuple[Tensor, Tensor]] = []  # copies of the ring, and how many rows had been written
+        self._calls = 0  # steps since: the ring has not gone round between two copies
 
     def _first_factor(self) -> float:
         loop = self.closed_loop
@@ -120,6 +121,12 @@ class Controller:
         self.control, self.history = self.control.to(device), self.history.to(device)
         self.table, self.decay = self.table.to(device), self.decay.to(device)
 
+    def start_at(self, lr: float | Tensor) -> None:
+        """Set lr_0 of gala and volsched, unless a checkpoint has brought it."""
+        if not self._started:
+            self.control[Control.FIRST_LR] = lr
+            self._started = True
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -135,7 +142,8 @@ class Controller:
         if self.open_loop is not None and self._steps >= len(self._tabulated):
             self._tabulate(self._steps)
         if self._keep_all and self._calls and self._calls % PAGE == 0:
-            self._pages.append(self.history.to("cpu", non_blocking=True, copy=True))
+            rows = self.control[Control.ROWS].to("cpu", non_blocking=True, copy=True)
+            self._pages.append((self.history.to("cpu", non_blocking=True, copy=True), rows))
         self._steps += 1
         self._calls += 1
 
@@ -173,13 +181,13 @@ class Controller:
 
     def read_history(self, measure: Measure, clipping: bool) -> dict[str, NDArray[np.float64]]:
         """Return the kept rows, oldest first, one array per statistic; one copy to the host."""
-        ring = self.history.cpu()
-        calls, size = int(self.control[Control.CALLS]), len(ring)
-        if self._keep_all:
-            newest = ring[: (calls - 1) % size + 1] if calls else ring[:0]
-            rows = torch.cat([*self._pages, newest])
-        else:
-            rows = ring[:calls] if calls <= size else torch.cat([ring[calls % size :], ring[: calls % size]])
+        parts, done = [], 0
+        for ring, written in [*self._pages, (self.history.cpu(), self.control[Control.ROWS])]:
+            end = int(written)
+            start = max(done, end - len(ring))
+            parts.append(ring[torch.arange(start, end) % len(ring)])
+            done = end
+        rows = torch.cat(parts)
         return {name: rows[:, STATS.index(name)].numpy().copy() for name in self._names(measure, clipping)}
 
     @staticmethod
@@ -190,10 +198,11 @@ class Controller:
     def load(self, control: Tensor) -> None:
         """Continue from a checkpoint's control tensor, in place; the history starts anew."""
         self.control.copy_(control)
+        self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
         self.restart(int(self.control[Control.STEP]))
 
     def restart(self, step: int) -> None:
         """Set the schedule's position; the history starts anew."""
         self.control[Control.STEP] = step
-        self.control[Control.CALLS] = 0
+        self.control[Control.ROWS] = 0
         self._steps, self._calls, self._pages = step, 0, []

@@ -47,7 +47,7 @@ class Control(_Slots):
 
     STEP = auto()
     SKIPPED = auto()
-    CALLS = auto()
+    ROWS = auto()
     FACTOR = auto()
     NEXT_FACTOR = auto()
     LOG_FACTOR = auto()
@@ -59,6 +59,7 @@ class Control(_Slots):
     LAST_GRAD_SCALE = auto()
     CLIP = auto()
     SKIP = auto()
+    FIRST_LR = auto()
     SIGNAL = auto()
     SIGNALS = auto()
 

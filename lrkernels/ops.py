@@ -113,7 +113,7 @@ def run_eager(
             measured = sum((row.measure(rule, measure, control, grad_scale) for row in taken), torch.zeros_like(sums))
             sums.copy_(torch.where(skip, torch.full_like(sums, torch.nan), measured))
     if verbs & Verb.DECIDE and measure and not one_pass:
-        rules.decide(control, scalars, lr[0], rule, True)
+        rules.decide(control, scalars, rule, True)
     if verbs & Verb.APPLY:
         skip = control[Control.SKIP] != 0
         multiplier = rules.at(table, control[Control.STEP])
@@ -123,7 +123,7 @@ def run_eager(
             moved = moved + row.apply(rule, rate, control, grad_scale, skip, bool(measure & Measure.MOVE))
         sums[Sum.MOVE_SQ] = moved
         if one_pass and measure:
-            rules.decide(control, scalars, lr[0], rule, False)
+            rules.decide(control, scalars, rule, False)
         rules.finish(control, scalars, decay, history, lr[0], multiplier, grad_scale)
 
 
@@ -204,7 +204,7 @@ class _Row:
         else:
             maximal = states[2] if len(states) > 2 else None
             results = list(rules.adamw_step(param, grad, states[0], states[1], maximal, self.hyper, rate, updates))  # type: ignore[arg-type]
-        before = self.param.to(self.dtype) if move else None
+        before = self.param.to(self.dtype, copy=True) if move else None
         targets = [self.param, *self.states] + ([self.kept] if self.kept is not None else [])
         results = results[: len(self.states) + 1] + ([unscaled] if self.kept is not None else [])
         for target, result in zip(targets, results, strict=True):

@@ -210,6 +210,9 @@ class FusedOptimizer(Optimizer):
             self._run = ops.backend_for(plan.device, self._backend)
             self._controller.to(plan.device)
             self._seen = None
+        if self.param_groups:
+            first = self.param_groups[0]
+            self._controller.start_at(first.get("initial_lr", first["lr"]))
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)

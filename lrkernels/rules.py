@@ -137,9 +137,9 @@ def alignment_factor(control: Tensor, settings: list[float], direction_cosine: T
     return control[Control.LOG_FACTOR].exp()
 
 
-def gala_factor(control: Tensor, settings: list[float], sums: Tensor, lr0: Tensor, rule: int) -> Tensor:
+def gala_factor(control: Tensor, settings: list[float], sums: Tensor, rule: int) -> Tensor:
     """Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2."""
-    delta = settings[Setting.DELTA]
+    delta, lr0 = settings[Setting.DELTA], control[Control.FIRST_LR]
     started = control[Control.STEP] > 0
     smoothness = sums[Sum.DIFF_SQ].sqrt() / control[Control.LAST_MOVE_SQ].sqrt()
     defined = started & smoothness.isfinite()
@@ -176,8 +176,9 @@ def volatility_multiplier(control: Tensor, settings: list[float]) -> Tensor:
     return torch.where(defined, multiplier, torch.ones_like(multiplier))
 
 
-def volsched_factor(control: Tensor, settings: list[float], decay: Tensor, lr0: Tensor, step: Tensor) -> Tensor:
+def volsched_factor(control: Tensor, settings: list[float], decay: Tensor, step: Tensor) -> Tensor:
     """Every N steps lr <- max(lr_min, lr M A), A = s(e) / s(e - N); linear warm-up first."""
+    lr0 = control[Control.FIRST_LR]
     warmup, window = settings[Setting.WARMUP_STEPS], settings[Setting.WINDOW]
     start = settings[Setting.WARMUP_START]
     elapsed = step - warmup
@@ -199,7 +200,7 @@ def begin(control: Tensor, found_inf: Tensor | None) -> None:
     control[Control.SKIP] = 0.0 if found_inf is None else (found_inf.reshape(()) != 0).double()
 
 
-def decide(control: Tensor, settings: list[float], lr0: Tensor, rule: int, two_pass: bool) -> None:
+def decide(control: Tensor, settings: list[float], rule: int, two_pass: bool) -> None:
     """What the sums say: the statistics, the clip, whether to skip, the closed loop's next factor."""
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
     norm = sums[Sum.GRAD_SQ].sqrt()
@@ -226,7 +227,7 @@ def decide(control: Tensor, settings: list[float], lr0: Tensor, rule: int, two_p
     if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.ALIGNMENT:
         trial[Control.NEXT_FACTOR] = alignment_factor(trial, settings, values["direction_cosine"])
     elif settings[Setting.CLOSED_LOOP] == ClosedLoopKind.GALA:
-        trial[Control.NEXT_FACTOR] = gala_factor(trial, settings, sums, lr0, rule)
+        trial[Control.NEXT_FACTOR] = gala_factor(trial, settings, sums, rule)
     else:
         return
     if two_pass and settings[Setting.LAG] == 0:
@@ -246,28 +247,28 @@ def finish(
     """Advance the counters, take the observed signal, write the history's row. A skipped step only counts itself."""
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
     stats = control[STATS_AT : STATS_AT + len(STATS)]
-    stats[STATS.index("lr")] = rate(lr0, multiplier, control, settings)
+    signal = control[Control.SIGNAL].clone()
+    control[Control.SIGNAL] = math.nan
     stats[STATS.index("clip")] = control[Control.CLIP]
-    done = control[Control.SKIP] == 0
+    stats[STATS.index("lr")] = rate(lr0, multiplier, control, settings)
+    skip = control[Control.SKIP] != 0
+    control[Control.SKIPPED] += skip.double()
+    stats[STATS.index("skipped")] = control[Control.SKIPPED]
     trial = control.clone()
     trial[Control.STEP] += 1.0
+    trial[STATS_AT + STATS.index("step")] = trial[Control.STEP]
     trial[Control.LAST_GRAD_SQ] = sums[Sum.GRAD_SQ]
     trial[Control.LAST_MOVE_SQ] = sums[Sum.MOVE_SQ]
     trial[Control.LAST_GRAD_SCALE] = 1.0 if grad_scale is None else grad_scale.reshape(()).double()
     if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.VOL_SCHED:
-        signal = trial[Control.SIGNAL]
         taken = signal.isfinite()
         slot = (RING_AT + trial[Control.SIGNALS] % settings[Setting.CAPACITY]).long().reshape(1)
         value = torch.where(taken, signal.clamp(min=1e-8), trial[slot].reshape(()))
         trial.index_copy_(0, slot, value.reshape(1))
         trial[Control.SIGNALS] += taken.double()
-        trial[Control.NEXT_FACTOR] = volsched_factor(trial, settings, decay, lr0, trial[Control.STEP])
-    control[Control.SKIPPED] += (~done).double()
-    trial[Control.SKIPPED] = control[Control.SKIPPED]
-    control.copy_(torch.where(done, trial, control))
-    control[Control.SIGNAL] = math.nan
-    stats[STATS.index("step")] = control[Control.STEP]
-    stats[STATS.index("skipped")] = control[Control.SKIPPED]
-    row = (control[Control.CALLS] % len(history)).long().reshape(1)
-    history.index_copy_(0, row, stats.reshape(1, -1))
-    control[Control.CALLS] += 1.0
+        trial[Control.NEXT_FACTOR] = volsched_factor(trial, settings, decay, trial[Control.STEP])
+    row = (trial[Control.ROWS] % len(history)).long().reshape(1)
+    stats = trial[STATS_AT : STATS_AT + len(STATS)]
+    history.index_copy_(0, row, torch.where(skip, history.index_select(0, row), stats.reshape(1, -1)))
+    trial[Control.ROWS] += 1.0
+    control.copy_(torch.where(skip, control, trial))
