@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import ops, schedules
 from .closed_loop import AlignmentSchedule, GalaSchedule
+from .closures import gradients_at
 from .control import Controller, Stats
 from .layout import HYPERS, Control, Count, Measure, Rule, Verb
 
@@ -34,6 +35,7 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_kept",
     "_measure",
     "_two_pass",
+    "_same_batch",
     "_clipping",
     "_prev_grad",
     "_process_group",
@@ -134,6 +136,7 @@ class FusedOptimizer(Optimizer):
         if gala:
             self._measure |= TRACKS["alignment"]
             self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
+        self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         self._two_pass = max_grad_norm is not None or gala or at_once
         self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
         self._process_group, self._backend = process_group, backend
@@ -252,6 +255,8 @@ class FusedOptimizer(Optimizer):
 
     def _keeps_prev(self) -> bool:
         """Whether the previous gradient is needed; it is the direction too where there is no momentum buffer."""
+        if self._same_batch:
+            return False
         plain = self._rule == Rule.SGD and any(group["momentum"] == 0 for group in self.param_groups)
         return bool(self._measure & Measure.PREVIOUS) or (bool(self._measure & Measure.DIRECTION) and plain)
 
@@ -289,6 +294,8 @@ class FusedOptimizer(Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss (default: None).
+                ``gala(mode="same_batch")`` needs one and calls it twice, first at the previous point, with the same
+                random numbers and without moving any module's buffers.
 
         Returns:
             What ``closure`` returned, or None.
@@ -297,10 +304,12 @@ class FusedOptimizer(Optimizer):
             ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
             RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
         """
-        loss = None
+        loss, there = None, None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            closure = torch.enable_grad()(closure)
+            there = self._gradients_at_last_point(closure) if self._same_batch else None
+            loss = closure()
+        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         plan = self._plan
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
@@ -308,20 +317,29 @@ class FusedOptimizer(Optimizer):
         grads = [p.grad for p in plan.params]
         if plan.idle:
             self._awaken(plan, grads)
-        self._launch(plan, grads)
+        self._launch(plan, grads, there)
         return loss
 
-    def _launch(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+    def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
+        """Return this batch's gradients where the parameters were before the last update."""
+        points = {p: state["prev_param"] for p, state in self.state.items() if "prev_param" in state}
+        params = [p for group in self.param_groups for p in group["params"]]
+        return gradients_at(points, closure, params) if points else {}
+
+    def _launch(self, plan: _Plan, grads: list[Tensor | None], there: Mapping[Tensor, Tensor] | None = None) -> None:
         controller, run = self._controller, self._run
         assert run is not None
         prev_read: Any = None
         prev_write: Any = None
-        if self._keeps_prev():
+        found_inf = getattr(self, "found_inf", None)
+        if there is not None:
+            prev_read = [there.get(p) for p in plan.params]
+            before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
+        elif self._keeps_prev():
             if self._prev_grad == "swap":
                 prev_read = self._kept_grads(plan)
             else:
                 prev_write = (plan.states, "prev_grad")
-        found_inf = getattr(self, "found_inf", None)
         controller.before_step()
         arguments = (
             self._rule,
@@ -356,10 +374,15 @@ class FusedOptimizer(Optimizer):
         except (BufferError, RuntimeError, ValueError):
             self._refuse(plan, grads)
             raise
-        if prev_read is not None and not (found_inf is not None and found_inf.item()):
-            for p, grad in zip(plan.params, grads, strict=True):
-                if grad is not None:
-                    self._kept[p] = (grad, grad._version)
+        if prev_read is None or (found_inf is not None and found_inf.item()):
+            return
+        if there is not None:
+            for p, point in before:
+                self.state[p]["prev_param"] = point
+            return
+        for p, grad in zip(plan.params, grads, strict=True):
+            if grad is not None:
+                self._kept[p] = (grad, grad._version)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""

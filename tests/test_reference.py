@@ -35,7 +35,7 @@ from lrkernels.reference import (
     uba_shape,
     volsched_multiplier,
 )
-from lrkernels.reference.gala import gradients_at
+from lrkernels.closures import gradients_at
 
 SIGNAL = [0.01, 0.05, 0.03, 0.08, 0.06, 0.10, 0.12, 0.11, 0.15, 0.14, 0.18, 0.20]
 

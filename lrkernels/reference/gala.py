@@ -8,14 +8,10 @@ reconstruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
-
-__all__ = ["Gala", "gala_lr", "gradients_at", "leaving_no_trace", "moved_to"]
+__all__ = ["Gala", "gala_lr"]
 
 
 def gala_lr(
@@ -45,7 +41,7 @@ class Gala:
     ``gala_lr``.
 
     - ``mode="same_batch"`` (the paper's): both g' are gradients of the new batch, at ``x_{s+1}`` and at
-      ``x_s``; two evaluations per step (``gradients_at``). ``g_s`` is the gradient that made step s.
+      ``x_s``; two evaluations per step (``closures.gradients_at``). ``g_s`` is the gradient that made step s.
     - ``mode="consecutive"`` (a reconstruction): ``g' = g``, the gradients that training computes anyway. For
       full or very large batches only: with noise ``|g_{s+1} - g_s|`` stays at the noise level however small
       the step, L grows as 1/lr and the rate collapses to zero. Use ``Alignment`` there.
@@ -84,70 +80,3 @@ class Gala:
             self.a += a
             self.b += L * length_sq
         return self.lr
-
-
-@contextmanager
-def moved_to(points: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Put parameters at other values for a while; they come back bit for bit."""
-    here = {p: p.detach().clone() for p in points}
-    try:
-        _put(points)
-        yield
-    finally:
-        _put(here)
-
-
-def _put(points: Mapping[Tensor, Tensor]) -> None:
-    with torch.no_grad():
-        for p, x in points.items():
-            p.copy_(x)
-    torch.clear_autocast_cache()  # autocast may hold low-precision copies of the parameters
-
-
-@contextmanager
-def leaving_no_trace(devices: Iterable[int] = ()) -> Iterator[None]:
-    """Forget what an evaluation did beside its result: random numbers drawn, and module buffers moved.
-
-    Every module that runs has its buffers (BatchNorm's running statistics and counter, spectral norm's
-    vectors, ...) saved before its first forward, through torch's global forward hook, and put back at the
-    end.
-    """
-    saved: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] = {}
-
-    def save(module: nn.Module, _: object) -> None:
-        for part in module.modules():
-            if part not in saved:
-                buffers = part.named_buffers(recurse=False)
-                saved[part] = [(name, buffer, buffer.detach().clone()) for name, buffer in buffers]
-
-    hook = nn.modules.module.register_module_forward_pre_hook(save)
-    try:
-        with torch.random.fork_rng(devices=list(devices), device_type="cuda"):
-            yield
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for part, buffers in saved.items():
-                for name, buffer, value in buffers:
-                    setattr(part, name, buffer.copy_(value))
-
-
-def gradients_at(
-    points: Mapping[Tensor, Tensor], closure: Callable[[], object], params: Iterable[Tensor]
-) -> dict[Tensor, Tensor]:
-    """Gradients of ``closure`` with the parameters moved to ``points``; nothing changes, ``.grad`` included.
-
-    Random numbers start from the same state as in the evaluation that follows, so that dropout draws the same
-    masks.
-    """
-    params = list(params)
-    grads = {p: p.grad for p in params}
-    for p in params:
-        p.grad = None
-    try:
-        with moved_to(points), leaving_no_trace({p.device.index for p in params if p.is_cuda}):
-            closure()
-        return {p: p.grad.detach().clone() for p in params if p.grad is not None}
-    finally:
-        for p in params:
-            p.grad = grads[p]

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
+from ..closures import gradients_at
 from ..schedules import split
 from .alignment import Alignment, cosine
-from .gala import Gala, gradients_at
+from .gala import Gala
 from .volsched import VolSched
 
 __all__ = ["ReferenceAdamW", "ReferenceSGD", "clip_factor"]
