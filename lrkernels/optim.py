@@ -124,6 +124,7 @@ class FusedOptimizer(Optimizer):
         _check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
         _check(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
+        self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         gala = isinstance(closed_loop, GalaSchedule)
         at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
         self._measure = Measure(0)
@@ -136,7 +137,6 @@ class FusedOptimizer(Optimizer):
         if gala:
             self._measure |= TRACKS["alignment"]
             self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
-        self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         self._two_pass = max_grad_norm is not None or gala or at_once
         self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
         self._process_group, self._backend = process_group, backend
@@ -226,7 +226,7 @@ class FusedOptimizer(Optimizer):
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
         p, group = plan.params[i], self.param_groups[plan.group_of[i]]
         state, counts = self.state[p], plan.counts[i]
-        if p in self._counts:
+        if p in self._counts and (state or p in self._kept):
             counts.copy_(self._counts[p])
         elif state:  # from a checkpoint
             counts[Count.UPDATES] = self._updates_in(state)
@@ -431,16 +431,18 @@ class FusedOptimizer(Optimizer):
         packed = super().state_dict()
         flat = [p for group in self.param_groups for p in group["params"]]
         state: dict[Any, dict[str, Any]] = {}
+        rows = torch.stack(list(self._counts.values())).tolist() if self._counts else []
+        known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
-            counts = self._counts.get(p)
-            if p not in self.state or (counts is not None and counts[Count.UPDATES] == 0):
+            counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
+            if p not in self.state or counts[Count.UPDATES] == 0:
                 continue
             entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:
                 entry["prev_grad"] = self._kept[p][0]
-            elif "prev_grad" in self.state[p] and (counts is None or counts[Count.HAS_PREV] != 0):
+            elif "prev_grad" in self.state[p] and counts[Count.HAS_PREV] != 0:
                 entry["prev_grad"] = self.state[p]["prev_grad"]
             if entry:
                 state[i] = entry
