@@ -52,10 +52,10 @@ inline uint16_t to_float16(float x) {
 // `size` elements in T: in place where they are T and whole blocks, otherwise a copy, padded with zeros to a whole
 // block.
 template <class T>
-T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch) {
+T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch, T pad = 0) {
   const auto convert = [&](const auto* source, auto to_float) {
     for (int i = 0; i < size; ++i) scratch[i] = T(to_float(source[offset + i]));
-    for (int i = size; i % kBlock != 0; ++i) scratch[i] = 0;
+    for (int i = size; i % kBlock != 0; ++i) scratch[i] = pad;
     return scratch;
   };
   const auto same = [](auto x) { return x; };
@@ -278,8 +278,10 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     size = rest >= kBlock ? rest / kBlock * kBlock : rest;
     Tile<T> tile{};
     tile.size = (size + kBlock - 1) / kBlock * kBlock;
-    for (int k = 0; k < kStates; ++k)
-      tile.states[k] = row.states[k] ? load(row.states[k], row.state_dtype, offset, size, scratch[4 + k]) : unused;
+    for (int k = 0; k < kStates; ++k) {
+      const T pad = T(k != 0);  // second moments divide
+      tile.states[k] = row.states[k] ? load(row.states[k], row.state_dtype, offset, size, scratch[4 + k], pad) : unused;
+    }
     T* grad = load(row.grad, row.grad_dtype, offset, size, scratch[0]);
     if (unscale != 1) {
       for (int i = 0; i < tile.size; ++i) scratch[0][i] = grad[i] * unscale;
