@@ -31,9 +31,15 @@ struct View : DLTensor {
 
   void* memory() const { return static_cast<char*>(data) + byte_offset; }
 
+  // False, with no error set, for what is no tensor of this process's memory.
   bool read(PyObject* object) {
     present = object != Py_None;
-    return !present || exchange->dltensor_from_py_object_no_sync(object, this) == 0;
+    if (!present) return true;
+    if (!PyObject_HasAttrString(object, "__dlpack__") || exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return device.device_type == kDLCPU;
   }
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }
@@ -83,15 +89,31 @@ PyObject* error(const std::string& message) {
   return nullptr;
 }
 
+// A reference that is given up at the end of its scope.
+struct Reference {
+  PyObject* object;
+  explicit Reference(PyObject* owned) : object(owned) {}
+  Reference(const Reference&) = delete;
+  ~Reference() { Py_XDECREF(object); }
+};
+
+// One of the small tensors: contiguous, of `rows` rows or more, and of exactly `columns` columns.
 template <class T>
-bool pointer(PyObject* object, int bits, T** out, int64_t* size = nullptr) {
+bool small(const char* name, PyObject* object, DLDataTypeCode code, int64_t rows, int64_t columns, T** out,
+           int64_t* size = nullptr) {
   View view;
-  if (!view.read(object)) return false;
-  *out = view.present ? static_cast<T*>(view.memory()) : nullptr;
-  if (size) *size = view.ndim ? view.shape[0] : 1;
-  if (!view.present || view.is(kDLFloat, bits)) return true;
-  error("a control tensor has an unexpected dtype");
-  return false;
+  const std::string what = std::string(name) + " must be a contiguous CPU tensor of " +
+                           (code == kDLInt ? "int" : "float") + std::to_string(8 * sizeof(T));
+  if (!view.read(object) || !view.present || !view.is(code, 8 * sizeof(T))) return error(what), false;
+  int64_t stride = 1;
+  for (int i = view.ndim - 1; i >= 0; stride *= view.shape[i--])
+    if (view.shape[i] > 1 && view.strides[i] != stride) return error(what), false;
+  const int64_t found = view.ndim ? view.shape[0] : 1;
+  if (found < rows || view.numel() != found * columns)
+    return error(what + " with " + std::to_string(rows) + " rows of " + std::to_string(columns)), false;
+  *out = static_cast<T*>(view.memory());
+  if (size) *size = found;
+  return true;
 }
 
 // Where the tensors of one argument come from: a list of tensors, or a pair (list of dictionaries, key), for states.
@@ -119,40 +141,58 @@ struct Column {
   }
 };
 
+const char* const kColumns[] = {"params", "grads", "state0", "state1", "state2", "prev_read", "prev_write"};
 constexpr int kLists = 2 + lrk::kStates + 2;  // params, grads, states, previous gradients to read and to write
 
+// Whether the rule reads state `k` in this group.
+bool needs_state(const Job& job, int32_t group, int k) {
+  const double* hyper = job.hyper + group * lrk::kHypers;
+  if (job.rule == lrk::kSgd) return k == 0 && hyper[lrk::kMomentum] != 0;
+  return k < 2 || hyper[lrk::kAmsgrad] != 0;
+}
+
 // Reads row `i` of the lists. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
-int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, const int32_t* groups, float* counts) {
+int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t group, float* counts) {
   View views[kLists];
   const View &param = views[0], &grad = views[1];
   for (int k : {1, 0, 2, 3, 4, 5, 6}) {
     PyObject* item = columns[k].item(i);
-    if (!item || !views[k].read(item)) return -1;
+    if (!item) return -1;
+    if (!views[k].read(item) || (views[k].present && views[k].element() == lrk::kDtypes)) {
+      error(std::string(kColumns[k]) + "[" + std::to_string(i) +
+            "] is not a dense CPU tensor of float32, float64, bfloat16 or float16");
+      return -1;
+    }
     if (!grad.present) return 1;
   }
-  for (const View& view : views) {
-    if (!view.present) continue;
-    if (view.device.device_type != kDLCPU) return error("the native CPU kernels were given a tensor elsewhere"), -1;
-    if (view.element() == lrk::kDtypes) return error("unsupported dtype"), -1;
-    if (!same_layout(view, param)) return 0;
-  }
-  if (!param.empty() && !is_dense(param)) return 0;
   Row row{};
-  row.param = param.memory();
-  row.grad = grad.memory();
   row.state_dtype = param.element();
   for (int k = 0; k < lrk::kStates; ++k) {
-    if (!views[2 + k].present) continue;
-    row.states[k] = views[2 + k].memory();
-    row.state_dtype = views[2 + k].element();
+    const View& state = views[2 + k];
+    if (!state.present && needs_state(job, group, k)) {
+      error("the rule needs " + std::string(kColumns[2 + k]) + "[" + std::to_string(i) + "], which is not there");
+      return -1;
+    }
+    if (!state.present) continue;
+    if (row.states[0] && state.element() != row.state_dtype) {
+      error("the states of parameter " + std::to_string(i) + " are of several dtypes");
+      return -1;
+    }
+    row.states[k] = state.memory();
+    row.state_dtype = state.element();
   }
+  for (const View& view : views)
+    if (view.present && !same_layout(view, param)) return 0;
+  if (!param.empty() && !is_dense(param)) return 0;
   const View &prev_read = views[kLists - 2], &prev_write = views[kLists - 1];
+  row.param = param.memory();
+  row.grad = grad.memory();
   row.prev_write = prev_write.present ? prev_write.memory() : nullptr;
   row.prev_read = prev_read.present ? prev_read.memory() : row.prev_write;
   row.prev_dtype = prev_write.present ? prev_write.element() : prev_read.present ? prev_read.element() : grad.element();
   row.counts = counts + i * lrk::kCounts;
   row.numel = param.numel();
-  row.group = groups[i];
+  row.group = group;
   row.param_dtype = param.element();
   row.grad_dtype = grad.element();
   job.rows.push_back(row);
@@ -167,7 +207,7 @@ const char run_doc[] =
 
 PyObject* run(PyObject*, PyObject* args) {
   int verbs;
-  Job job;
+  Job job{};
   int two_pass;
   PyObject* lists[kLists];
   Column columns[kLists];
@@ -177,41 +217,49 @@ PyObject* run(PyObject*, PyObject* args) {
                         &settings, &lr, &hyper, &table, &decay, &history, &found_inf, &grad_scale))
     return nullptr;
   job.two_pass = two_pass != 0;
-  View group_view;
-  float* counts_in;
-  if (!pointer(control, 64, &job.control) || !pointer(settings, 64, const_cast<double**>(&job.settings)) ||
-      !pointer(lr, 64, const_cast<double**>(&job.lr)) || !pointer(hyper, 64, const_cast<double**>(&job.hyper)) ||
-      !pointer(table, 64, const_cast<double**>(&job.table), &job.table_size) ||
-      !pointer(decay, 64, const_cast<double**>(&job.decay), &job.decay_size) ||
-      !pointer(history, 64, &job.history, &job.history_size) ||
-      !pointer(found_inf, 32, const_cast<float**>(&job.found_inf)) ||
-      !pointer(grad_scale, 32, const_cast<float**>(&job.grad_scale)) || !pointer(counts, 32, &counts_in) ||
-      !group_view.read(groups))
-    return nullptr;
   for (int k = 0; k < kLists; ++k)
-    if (!columns[k].parse(lists[k])) return error("run() takes lists of tensors, or (dictionaries, key)");
-  if (!columns[0].list || !columns[1].list) return error("run() needs parameters and gradients");
-  const Py_ssize_t size = PyList_Size(columns[0].list);
-  PyObject* uneven = PyList_New(0);
-  if (!uneven) return nullptr;
+    if (!columns[k].parse(lists[k])) return error("run() takes lists of tensors, or pairs (dictionaries, key)");
+  const Py_ssize_t size = columns[0].list ? PyList_Size(columns[0].list) : 0;
+  for (int k = 0; k < kLists; ++k)
+    if (columns[k].list ? PyList_Size(columns[k].list) != size : k < 2 && size != 0)
+      return error(std::string(kColumns[k]) + " must have one entry for each of params");
+  int32_t* group_of;
+  float* counts_of;
+  int64_t n_groups;
+  if (!small("lr", lr, kDLFloat, 1, 1, const_cast<double**>(&job.lr), &n_groups) ||
+      !small("hyper", hyper, kDLFloat, n_groups, lrk::kHypers, const_cast<double**>(&job.hyper)) ||
+      !small("groups", groups, kDLInt, size, 1, &group_of) ||
+      !small("counts", counts, kDLFloat, size, lrk::kCounts, &counts_of) ||
+      !small("settings", settings, kDLFloat, lrk::kSettings, 1, const_cast<double**>(&job.settings)) ||
+      !small("control", control, kDLFloat, lrk::kRingAt + int64_t(job.settings[lrk::kCapacity]), 1, &job.control) ||
+      !small("table", table, kDLFloat, 1, 1, const_cast<double**>(&job.table), &job.table_size) ||
+      !small("decay", decay, kDLFloat, 1, 1, const_cast<double**>(&job.decay), &job.decay_size) ||
+      !small("history", history, kDLFloat, 1, lrk::kStats, &job.history, &job.history_size) ||
+      (found_inf != Py_None && !small("found_inf", found_inf, kDLFloat, 1, 1, const_cast<float**>(&job.found_inf))) ||
+      (grad_scale != Py_None && !small("grad_scale", grad_scale, kDLFloat, 1, 1, const_cast<float**>(&job.grad_scale))))
+    return nullptr;
+  for (Py_ssize_t i = 0; i < size; ++i)
+    if (group_of[i] < 0 || group_of[i] >= n_groups) return error("groups names a group that hyper has no row for");
+  Reference uneven(PyList_New(0)), moved(PyList_New(0));
+  if (!uneven.object || !moved.object) return nullptr;
   job.rows.reserve(size_t(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const int added = add_row(job, columns, i, static_cast<const int32_t*>(group_view.memory()), counts_in);
-    if (added > 0) continue;
-    PyObject* index = added < 0 ? nullptr : PyLong_FromSsize_t(i);
-    if (!index || PyList_Append(uneven, index) != 0) {
-      Py_XDECREF(index);
-      Py_DECREF(uneven);
-      return nullptr;
+    const size_t rows = job.rows.size();
+    const int added = add_row(job, columns, i, group_of[i], counts_of);
+    if (added < 0) return nullptr;
+    if (added == 0) {
+      const Reference index(PyLong_FromSsize_t(i));
+      if (!index.object || PyList_Append(uneven.object, index.object) != 0) return nullptr;
+    } else if (job.rows.size() > rows && (verbs & lrk::kApplyVerb)) {
+      if (PyList_Append(moved.object, PyList_GetItem(columns[0].list, i)) != 0) return nullptr;
     }
-    Py_DECREF(index);
   }
-  if (PyList_Size(uneven) == 0) {
+  if (PyList_Size(uneven.object) == 0) {
     PyThreadState* state = PyEval_SaveThread();
     lrk::cpu::run(job, verbs);
     PyEval_RestoreThread(state);
   }
-  return uneven;
+  return PyTuple_Pack(2, uneven.object, moved.object);
 }
 
 PyObject* connect(PyObject*, PyObject* capsule) {

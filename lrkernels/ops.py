@@ -46,6 +46,7 @@ __all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
 
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
 LISTS = 7  # the arguments that are lists of tensors come first
+READ_ONLY = (1, 5)  # of them: grads and prev_read
 
 _READ = "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor?[] prev_read"
 _WRITTEN = (
@@ -224,29 +225,30 @@ class _Row:
 
 def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
-    uneven = _C.run(verbs, rule, measure, two_pass, params, *rest)
-    if not uneven:
-        return
-    tensors, others = [list(params), *map(_listed, rest[: LISTS - 1])], rest[LISTS - 1 :]
-    written_back: list[tuple[Tensor, Tensor]] = []
+    uneven, moved = _C.run(verbs, rule, measure, two_pass, params, *rest)
+    if uneven:
+        _run_copies(uneven, verbs, rule, measure, two_pass, params, *rest)
+    elif moved:  # a backward pass that still needs the old values must find out
+        torch.autograd.graph.increment_version(moved)
+
+
+def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
+    columns, others = [*map(_listed, arguments[:LISTS])], arguments[LISTS:]
+    copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
-        param = torch.empty_like(params[i]).copy_(params[i])  # dense, in the order of the parameter's strides
-        for k, column in enumerate(tensors):
+        param = torch.empty_like(arguments[0][i])  # dense, in the order of the parameter's strides
+        for k, column in enumerate(columns):
             if column is None or column[i] is None or _same_layout(column[i], param):
                 continue
-            copy = (
-                param
-                if k == 0
-                else torch.empty_strided(param.shape, param.stride(), dtype=column[i].dtype, device=param.device).copy_(
-                    column[i]
-                )
-            )
-            if k not in (1, 5):
-                written_back.append((column[i], copy))
-            column[i] = copy
-    still = _C.run(verbs, rule, measure, two_pass, *tensors, *others)
+            original = column[i]
+            column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)
+            column[i].copy_(original)
+            if k not in READ_ONLY:
+                copied.append((original, column[i]))
+    still, moved = _C.run(verbs, rule, measure, two_pass, *columns, *others)
     assert not still, "lrkernels: the copies of uneven tensors share one layout"
-    for original, copy in written_back:
+    torch.autograd.graph.increment_version(moved)
+    for original, copy in copied:
         original.copy_(copy)
 
 

@@ -24,8 +24,12 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def sqrt(a: Tensor) -> Tensor:
-    """Return the correctly rounded root; torch's own on the CPU may be one unit off in float32."""
-    return a.double().sqrt().to(a.dtype)
+    """Return the correctly rounded root; torch's own on the CPU may be one unit off."""
+    if a.dtype != torch.float64:
+        return a.double().sqrt().to(a.dtype)
+    root = a.sqrt()
+    nearer = root + fma(-root, root, a) * (0.5 / root)
+    return torch.where((root > 0) & root.isfinite(), nearer, root)
 
 
 def sgd_step(

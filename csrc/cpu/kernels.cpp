@@ -33,10 +33,12 @@ namespace baseline {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LRK_BASELINE_ONLY)
 #define LRK_X86_64_V3
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
+#pragma GCC target("avx2,fma")
+#define LRK_AVX2  // g++ 12 reads the file, #ifs and all, before it heeds the pragma: its own macros come too late
 namespace x86_64_v3 {
 #include "tiles.h"
 }
+#undef LRK_AVX2
 #pragma GCC pop_options
 #endif
 

@@ -104,19 +104,10 @@ inline Lanes lanes(const double* values) {
 }
 
 inline Lanes lanes(const float* values) {
-#if defined(__AVX2__)
+#if defined(LRK_AVX2)
   return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_loadu_ps(values)));
 #else
   return Lanes{values[0], values[1], values[2], values[3]};
-#endif
-}
-
-// sum += a * b. A product of two floats is exact in float64, so that fusing the addition changes no bit of it.
-inline void add_product(Lanes& sum, Lanes a, Lanes b) {
-#if defined(__FMA__)
-  sum = reinterpret_cast<Lanes>(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(sum)));
-#else
-  sum += a * b;
 #endif
 }
 
@@ -142,24 +133,24 @@ struct Sums {
   template <class Direction, class Prev>
   LRK_RULE void add(const T* grad, Direction has_direction, const T* direction, Prev has_prev, const T* prev) {
     const Lanes g = lanes(grad);
-    add_product(grad_sq, g, g);
+    grad_sq += g * g;
     grad_abs += absolute(g);
     if (has_direction) {
       const Lanes d = lanes(direction);
-      add_product(dot_direction, g, d);
-      add_product(direction_sq, d, d);
+      dot_direction += g * d;
+      direction_sq += d * d;
     }
     if (has_prev) {
       const Lanes q = lanes(prev), difference = g - q;
-      add_product(dot_prev, g, q);
-      add_product(prev_sq, q, q);
-      add_product(diff_sq, difference, difference);
+      dot_prev += g * q;
+      prev_sq += q * q;
+      diff_sq += difference * difference;
     }
   }
 
   LRK_RULE void add_move(const T* before, const T* after) {
     const Lanes moved = lanes(after) - lanes(before);
-    add_product(move_sq, moved, moved);
+    move_sq += moved * moved;
   }
 
   LRK_RULE void add_to(double* sums, const Sums& other) const {
@@ -181,7 +172,7 @@ struct Sums {
 // A block past the caches, for it is not read again soon: the target is written without being read first.
 template <class T>
 inline void stream(T* target, const T* source) {
-#if defined(__AVX2__)
+#if defined(LRK_AVX2)
   if (reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
     for (size_t i = 0; i < kBlock * sizeof(T) / sizeof(__m256i); ++i)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i,

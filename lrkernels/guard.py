@@ -1,0 +1,365 @@
+"""Guard rails for unattended runs: note every step on the device, look now and then, warn, go back, or stop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .closed_loop import ClosedLoop, VolSchedule
+
+__all__ = ["Event", "Guard"]
+
+COLUMNS = ("loss", "grad_norm", "lr")
+RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs"}  # what torch's schedulers keep of the rate
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"lrkernels: {message}")
+
+
+def _copy(tree: Any, device: torch.device | str | None = None) -> Any:
+    """Copy a checkpoint, its tensors to ``device`` (None: where each is)."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to(device or tree.device, copy=True)
+    if type(tree) is dict:
+        return {key: _copy(value, device) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_copy(value, device) for value in tree)
+    return copy.deepcopy(tree)
+
+
+def _scaled(tree: Any, factor: float, inside: bool = False) -> Any:
+    """Multiply every learning rate of a checkpoint, in groups and in torch's schedulers."""
+    if type(tree) is dict:
+        return {key: _scaled(value, factor, inside or key in RATES) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_scaled(value, factor, inside) for value in tree)
+    return tree * factor if inside and isinstance(tree, float | Tensor) else tree
+
+
+def _load_in_place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load a checkpoint, bit for bit, into the tensors that are there: torch would exchange them."""
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    there = {p: dict(optimizer.state.get(p, {})) for p in flat}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(_copy(saved))
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(lr, Tensor):
+            group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+    for i, p in enumerate(flat):
+        for key, value in saved["state"].get(i, {}).items():
+            old = there[p].get(key)
+            if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+                optimizer.state[p][key] = old.copy_(value)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something the guard has noticed.
+
+    Args:
+        step: How many steps it had seen.
+        kind: ``"rollback"``, ``"stop"``, ``"min_lr"``, ``"max_lr"`` or ``"grad_norm"``.
+        message: The same in words.
+    """
+
+    step: int
+    kind: str
+    message: str
+
+
+@dataclass
+class _Snapshot:
+    """A point of the run to go back to."""
+
+    step: int
+    params: list[tuple[Tensor, Tensor]]
+    buffers: list[tuple[nn.Module, str, Tensor]]
+    optimizer: dict[str, Any]
+    others: list[tuple[Any, dict[str, Any]]]
+
+
+class Guard:
+    """Watch a run that nobody watches: warn, go back to the last good point at a lower rate, or stop.
+
+    One call a step, after the optimizer's::
+
+        guard = lrk.Guard(optimizer, model)
+        for batch in loader:
+            loss = ...
+            loss.backward()
+            optimizer.step()
+            guard.step(loss)
+            optimizer.zero_grad()
+
+    A step notes loss, gradient norm and rate on the device, and nothing waits. Every ``check_every`` steps one copy brings
+    them to the host, and the guard
+
+    - goes back when the run has diverged: at a loss that is not finite, or after ``patience`` losses in a row above
+      ``m + threshold * max(|m|, largest - m)``, where ``m`` is the median and ``largest`` the largest of the last
+      ``memory`` good losses. Parameters, module buffers and the state of the optimizer and of ``others`` are as in the
+      snapshot, bit for bit and in place; every rate is ``lr_factor`` times what it was there. Data and random numbers go
+      on. After ``max_rollbacks`` of them it goes back once more and raises.
+    - warns, once until it is over, when a closed-loop schedule has been at ``min_lr`` or ``max_lr`` for all these steps,
+      and when a gradient norm exceeds ``norm_threshold`` times the median of the last ``memory``.
+    - takes a snapshot if the last ``snapshot_every`` steps brought none and these were good. It counts once the next ones
+      were good too, so a second copy is kept until then. The first is taken when the guard is made.
+
+    Gradient norm and rate are ``optimizer.stats``' where it has them; else the rate is ``group["lr"]`` and the norm left
+    out. ``optimizer.history()`` of a fused optimizer starts anew at a rollback; the guard's own goes on. With several
+    processes give every one the same loss, reduced over them: they must decide alike.
+
+    Args:
+        optimizer: One of ours or of torch's, before its first step or later.
+        model: The module, or modules, whose buffers (BatchNorm's statistics, ...) go back too; default None.
+        others: What else has ``state_dict`` and ``load_state_dict`` and must go back: torch's schedulers, ``GradScaler``,
+            averaged weights; default none.
+        check_every: Steps between two looks; default 50.
+        patience: Losses in a row far above the median that count as divergence; default 10.
+        threshold: How far that is; default 1: twice the median, and above all in memory by as much as that is wide.
+        norm_threshold: How many times the median a gradient norm may be; default 10.
+        memory: How many good losses, and norms, the medians are of; default 200.
+        snapshot_every: Steps between two snapshots; default 500. Looks decide, so it is rounded up to a multiple of theirs.
+        snapshot_device: Where snapshots are kept; default None, beside what they are copies of. ``"cpu"`` spares the
+            device's memory.
+        max_rollbacks: How many times to go back before giving up; default 3.
+        lr_factor: What a rollback multiplies the rates by; default 0.5.
+        history_size: Steps that ``history()`` goes back; default 10 000, None keeps all.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+        others: Sequence[Any] = (),
+        *,
+        check_every: int = 50,
+        patience: int = 10,
+        threshold: float = 1.0,
+        norm_threshold: float = 10.0,
+        memory: int = 200,
+        snapshot_every: int = 500,
+        snapshot_device: torch.device | str | None = None,
+        max_rollbacks: int = 3,
+        lr_factor: float = 0.5,
+        history_size: int | None = 10_000,
+    ) -> None:
+        _check(check_every >= 1 and snapshot_every >= 1, "check_every and snapshot_every must be >= 1")
+        _check(1 <= patience <= memory, f"need 1 <= patience <= memory, got {patience} and {memory}")
+        _check(threshold > 0 and norm_threshold > 1, "need threshold > 0 and norm_threshold > 1")
+        _check(max_rollbacks >= 0, f"max_rollbacks must be >= 0, got {max_rollbacks}")
+        _check(0 < lr_factor <= 1, f"lr_factor must be in (0, 1], got {lr_factor}")
+        self.optimizer = optimizer
+        self.modules = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
+        self.others = list(others)
+        self.check_every, self.patience, self.threshold = check_every, patience, threshold
+        self.norm_threshold, self.snapshot_every = norm_threshold, snapshot_every
+        self.snapshot_device, self.max_rollbacks, self.lr_factor = snapshot_device, max_rollbacks, lr_factor
+        self.steps = 0
+        self.rollbacks = 0
+        self.events: list[Event] = []
+        self._episodes: set[str] = set()  # what has been warned of, and goes on
+        self._losses: deque[float] = deque(maxlen=memory)
+        self._norms: deque[float] = deque(maxlen=memory)
+        self._far = 0  # losses in a row far above the median
+        self._rows: deque[list[float]] = deque(maxlen=history_size)
+        self._ring: Tensor | None = None
+        self._noted = 0
+        self._good, self._next = self._snapshot(), None  # to go back to; and what will be if the next steps are good
+
+    # -- every step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, loss: float | Tensor) -> bool:
+        """Note a step that the optimizer has done, and look at the last ones if it is time.
+
+        Args:
+            loss: Of this step; a tensor of one element is not waited for.
+
+        Returns:
+            Whether the run went back.
+
+        Raises:
+            RuntimeError: If it has diverged once more after ``max_rollbacks``; parameters and state are good.
+        """
+        stats = getattr(self.optimizer, "stats", None)
+        known = stats if isinstance(stats, Mapping) else {}
+        lr = known.get("lr")
+        values = (loss, known.get("grad_norm"), self.optimizer.param_groups[0]["lr"] if lr is None else lr)
+        if self._ring is None:
+            device = loss.device if isinstance(loss, Tensor) else None
+            self._ring = torch.full((self.check_every, len(COLUMNS)), math.nan, dtype=torch.float64, device=device)
+        for cell, value in zip(self._ring[self._noted], values, strict=True):
+            if isinstance(value, Tensor):
+                cell.copy_(value.detach().reshape(()), non_blocking=True)
+            elif value is not None:
+                cell.fill_(value)
+        self._noted += 1
+        self.steps += 1
+        return self._noted == self.check_every and self.check()
+
+    @torch.no_grad()
+    def check(self) -> bool:
+        """Look at the steps since the last look: ``step`` calls it; so may you, before you save a checkpoint.
+
+        Returns:
+            Whether the run went back.
+
+        Raises:
+            RuntimeError: As ``step``.
+        """
+        rows = self._unread()
+        self._noted = 0
+        self._rows.extend([*row, 0.0] for row in rows)
+        losses, norms, rates = np.array(rows).reshape(-1, len(COLUMNS)).T
+        if reason := self._divergence(losses):
+            self._go_back(reason)
+            return True
+        self._watch_norms(norms)
+        if len(rows) == self.check_every:
+            self._watch_rates(rates)
+        if self._far == 0 and rows:
+            if self._next is not None:
+                self._good, self._next = self._next, None
+            if self.steps - self._good.step >= self.snapshot_every:
+                self._next = self._snapshot()
+        return False
+
+    def _unread(self) -> list[list[float]]:
+        return [] if self._ring is None else self._ring[: self._noted].tolist()
+
+    def history(self) -> dict[str, NDArray[Any]]:
+        """Return ``loss``, ``grad_norm``, ``lr`` and ``rollback`` (whether the run went back after that step), as arrays.
+
+        One value for each of the last ``history_size`` steps, oldest first; nan where something is not known. One copy.
+        """
+        rows = np.array([*self._rows, *([*row, 0.0] for row in self._unread())]).reshape(-1, len(COLUMNS) + 1)
+        columns = dict(zip((*COLUMNS, "rollback"), rows.T.copy(), strict=True))
+        return {**columns, "rollback": columns["rollback"].astype(bool)}
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def _divergence(self, losses: Iterable[float]) -> str | None:
+        """Return why the run has diverged, or None; good losses go to memory."""
+        for loss in losses:
+            if not math.isfinite(loss):
+                return f"the loss is {loss}"
+            limit = math.inf
+            if len(self._losses) >= self.patience:
+                m = float(np.median(self._losses))
+                limit = m + self.threshold * max(abs(m), max(self._losses) - m)
+            if loss <= limit:
+                self._far = 0
+                self._losses.append(loss)
+                continue
+            self._far += 1
+            if self._far == self.patience:
+                return f"the loss has been above {limit:.4g} for {self.patience} steps, at last {loss:.4g}"
+        return None
+
+    def _watch_norms(self, norms: NDArray[np.float64]) -> None:
+        norms = norms[np.isfinite(norms)]
+        if norms.size and len(self._norms) >= self.patience:
+            m = float(np.median(self._norms))
+            self._episode(
+                "grad_norm",
+                norms.max() > self.norm_threshold * m,
+                f"the gradient norm has risen to {norms.max():.4g}, from a median of {m:.4g}",
+            )
+        self._norms.extend(norms.tolist())
+
+    def _watch_rates(self, rates: NDArray[np.float64]) -> None:
+        """Warn at the bounds of a closed loop, whose rate an open-loop schedule may multiply."""
+        for watcher in (self.optimizer, *self.others):
+            holder = getattr(watcher, "_controller", watcher)
+            loop = getattr(holder, "closed_loop", getattr(holder, "_closed_loop", None))
+            if not isinstance(loop, ClosedLoop):
+                continue
+            open_loop = getattr(holder, "open_loop", getattr(holder, "_open_loop", None))
+            if open_loop is not None:
+                last = int(self.optimizer.stats["step"])  # type: ignore[attr-defined]
+                multipliers = np.array([open_loop(step) for step in range(last - len(rates), last)])
+                if not multipliers.all():
+                    continue
+                rates = rates / multipliers
+            for name in ("min_lr", "max_lr"):
+                bound = getattr(loop, name)
+                ends_there = name == "min_lr" and isinstance(loop, VolSchedule)  # by its own decay
+                self._episode(
+                    name,
+                    not ends_there and np.isclose(rates, bound, rtol=1e-6, atol=0.0).all(),
+                    f"the learning rate has been at {name} = {bound:g} for {len(rates)} steps: the schedule would go "
+                    "beyond it; choose another bound, or another first rate",
+                )
+
+    def _episode(self, kind: str, on: bool | np.bool_, message: str) -> None:
+        """Warn at the beginning of something, and not again before it is over."""
+        if on and kind not in self._episodes:
+            self._note(kind, message)
+            warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=4)
+        (self._episodes.add if on else self._episodes.discard)(kind)
+
+    def _note(self, kind: str, message: str) -> None:
+        self.events.append(Event(self.steps, kind, message))
+
+    # -- going back ---------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> _Snapshot:
+        device = self.snapshot_device
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        buffers = [
+            (module, name, buffer)
+            for root in self.modules
+            for module in root.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        return _Snapshot(
+            self.steps,
+            [(p, _copy(p, device)) for p in params],
+            [(module, name, _copy(buffer, device)) for module, name, buffer in buffers],
+            _copy(self.optimizer.state_dict(), device),
+            [(other, _copy(other.state_dict(), device)) for other in self.others],
+        )
+
+    def _go_back(self, reason: str) -> None:
+        good = self._good
+        self._next, self._far = None, 0
+        stop = self.rollbacks == self.max_rollbacks
+        if not stop:
+            self.rollbacks += 1
+            good.optimizer = _scaled(good.optimizer, self.lr_factor)
+            good.others = [(other, _scaled(state, self.lr_factor)) for other, state in good.others]
+        for p, value in good.params:
+            p.copy_(value)
+        for module, name, value in good.buffers:
+            getattr(module, name).copy_(value)
+        _load_in_place(self.optimizer, good.optimizer)
+        for other, state in good.others:
+            other.load_state_dict(_copy(state))
+        self.optimizer.zero_grad()
+        self._rows[-1][-1] = 1.0
+        if stop:
+            message = f"training has diverged again after {self.rollbacks} rollbacks: {reason}"
+            self._note("stop", message)
+            raise RuntimeError(
+                f"lrkernels: step {self.steps}: {message}. Parameters and state are those of step {good.step}; try a "
+                "lower rate, a warm-up, or max_grad_norm"
+            )
+        message = f"{reason}; went back to step {good.step}, with {self.lr_factor:g} times its learning rate"
+        self._note("rollback", message)
+        warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=4)

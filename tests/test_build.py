@@ -1,0 +1,304 @@
+"""The binary: what it needs from the machine, that it compiles without a warning, that both instruction sets agree."""
+
+import importlib.util
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+import lrkernels as lrk
+from lrkernels import layout, ops
+from lrkernels.layout import RING_AT, STATS, SUMS_AT, Control, Count, Hyper, Measure, Rule, Setting, Sum, Verb
+
+ROOT = Path(__file__).parent.parent
+PYTHON_H = Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+needs_native = pytest.mark.skipif(ops._C is None, reason="the binary is not there")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and PYTHON_H.exists() and (ROOT / "csrc").exists()),
+    reason="needs g++, Python's headers and the sources",
+)
+x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86-64 has two paths")
+
+
+def needs(tool):
+    return pytest.mark.skipif(shutil.which(tool) is None, reason=f"needs {tool}")
+
+
+def run(*command, **options):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True, **options).stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The binary that is installed
+
+
+@needs_native
+def test_one_binary_for_every_python():
+    assert ops._C.__file__.endswith(".abi3.so")
+
+
+@needs_native
+@needs("nm")
+def test_nothing_of_libtorch_but_two_functions_of_its_c_shim():
+    """So one build serves every torch that has DLPack's exchange API."""
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", ops._C.__file__).splitlines()]
+    readable = run("nm", "-D", "-C", "--undefined-only", ops._C.__file__)
+    assert not re.findall(r"\b(?:c10|at|torch|caffe2|pybind11)::\S*", readable)
+    assert {name for name in symbols if re.match(r"(?:torch|aoti|at|c10)_", name)} == {
+        "torch_parallel_for",
+        "torch_get_num_threads",
+    }
+    assert any(name.startswith("PyList_") for name in symbols)  # the listing is of the right thing
+
+
+@needs_native
+@needs("objdump")
+def test_libraries_that_the_binary_asks_for():
+    libraries = re.findall(r"NEEDED\s+(\S+)", run("objdump", "-p", ops._C.__file__))
+    assert any(name.startswith("libtorch_cpu") for name in libraries)
+    assert not [name for name in libraries if name.startswith(("libpython", "libtorch_python", "libcudart"))]
+
+
+@needs_native
+@needs("nm")
+def test_one_symbol_is_exported():
+    defined = [line.split() for line in run("nm", "-D", "--defined-only", ops._C.__file__).splitlines()]
+    assert [name for _, kind, name in defined if kind == "T"] == ["PyInit__C"]
+
+
+def test_info_names_what_serves():
+    text = lrk.info()
+    assert f"torch {torch.__version__}" in text and f"lrkernels {lrk.__version__}" in text
+    assert platform.python_version() in text
+    (cpu,) = [line for line in text.splitlines() if line.startswith("cpu")]
+    if ops._C is None:
+        assert "eager" in cpu and ops.why_no_native in cpu
+    else:
+        assert "native" in cpu and ops._C.instruction_set() in cpu and f"{torch.get_num_threads()} thread" in cpu
+
+
+@needs_native
+@x86_64
+def test_the_instruction_set_is_the_machines():
+    """By what torch sees: it asks for AVX2 and FMA too."""
+    wide = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and "ATEN_CPU_CAPABILITY" not in os.environ
+    if not wide:
+        pytest.skip("torch has found no AVX2, or was told not to look")
+    assert ops._C.instruction_set() == "x86-64-v3 (AVX2, FMA)"
+
+
+WITHOUT = """
+import sys
+sys.modules["lrkernels._C"] = None
+import torch
+import lrkernels as lrk
+from lrkernels import ops
+assert ops._C is None
+print(lrk.info())
+for name in ("measure_", "decide_", "apply_", "step_"):
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"lrkernels::{name}", "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lrkernels::{name}", "CompositeExplicitAutograd")
+p = torch.nn.Parameter(torch.arange(5.0))
+optimizer = lrk.FusedSGD([p], lr=0.5, momentum=0.9, max_grad_norm=1.0)
+for _ in range(3):
+    p.grad = torch.ones(5)
+    optimizer.step()
+print(p.tolist())
+try:
+    lrk.FusedSGD([p], lr=0.5, backend="native").step()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_works_without_the_binary():
+    """Eager serves, with the same bits; info and the error for backend="native" say what is missing."""
+    lines = run(sys.executable, "-c", WITHOUT, cwd=ROOT, timeout=120).splitlines()
+    p = torch.nn.Parameter(torch.arange(5.0))
+    optimizer = lrk.FusedSGD([p], lr=0.5, momentum=0.9, max_grad_norm=1.0)
+    for _ in range(3):
+        p.grad = torch.ones(5)
+        optimizer.step()
+    assert lines[-2] == str(p.tolist())
+    (cpu,) = [line for line in lines if line.startswith("cpu")]
+    assert "eager" in cpu and "Error" in cpu
+    assert lines[-1].startswith("lrkernels: backend='native' is not there") and "pip install" in lines[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sources
+
+
+@pytest.fixture(scope="module")
+def extension():
+    """What setup.py asks for, without building it."""
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **arguments: asked.update(arguments))
+        patch.setenv("LRKERNELS_CUDA", "0")
+        patch.chdir(ROOT)
+        runpy.run_path("setup.py")
+    (found,) = asked["ext_modules"]
+    assert asked["options"]["bdist_wheel"]["py_limited_api"] == "cp310"
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(extension, tmp_path_factory):
+    """Compiles every source twice, as setup.py would and without the path for AVX2; warnings are errors."""
+    folder = tmp_path_factory.mktemp("objects")
+    flags = extension.extra_compile_args
+    flags = [*(flags["cxx"] if isinstance(flags, dict) else flags), "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags += ["-fPIC", "-DPy_LIMITED_API=0x030a0000"]
+    for include in [*cpp_extension.include_paths(), PYTHON_H.parent]:
+        flags += ["-isystem", str(include)]
+    jobs = {}
+    for path, more in [("wide", []), ("baseline", ["-DLRK_BASELINE_ONLY"])]:
+        for source in extension.sources:
+            target = folder / f"{path}-{Path(source).stem}.o"
+            command = ["g++", *flags, *more, "-c", str(ROOT / source), "-o", str(target)]
+            jobs[target] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return {target.stem: (target, job.communicate()[1], job.returncode) for target, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def modules(objects, extension, tmp_path_factory):
+    """Two binaries of the same sources: one with both paths, and one that has to take the baseline."""
+    loaded = {}
+    for path in ("wide", "baseline"):
+        target = tmp_path_factory.mktemp(path) / "_C.abi3.so"
+        parts = [target for name, (target, _, _) in objects.items() if name.startswith(path)]
+        folders = [f"-L{folder}" for folder in extension.library_dirs]
+        libraries = [f"-l{name}" for name in extension.libraries]
+        run("g++", "-shared", *parts, "-o", target, *folders, *libraries)
+        spec = importlib.util.spec_from_file_location(f"{path}._C", target)
+        loaded[path] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded[path])
+        loaded[path].connect(torch.Tensor.__dlpack_c_exchange_api__)
+    return loaded
+
+
+@needs_compiler
+def test_compiles_without_a_warning(objects):
+    assert len(objects) >= 4
+    for name, (_, said, status) in objects.items():
+        assert status == 0 and not said, f"{name}: {said}"
+
+
+@pytest.fixture(scope="module")
+def disassembly(objects):
+    """The functions of kernels.cpp: each name with its instructions."""
+    text = run("objdump", "-d", "-C", "--no-show-raw-insn", objects["wide-kernels"][0])
+    functions = {}
+    for name, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", text, re.MULTILINE):
+        functions[name] = re.findall(r"^\s+[0-9a-f]+:\s+(\S.*)", body, re.MULTILINE)
+    return functions
+
+
+@needs_compiler
+@needs("objdump")
+@x86_64
+@pytest.mark.parametrize("rule", ["SgdStep", "AdamWStep"])
+@pytest.mark.parametrize("dtype, suffix", [("float", "ps"), ("double", "pd")])
+def test_the_update_is_vectorised(disassembly, rule, dtype, suffix):
+    """Fused multiply-adds and divisions of whole 32-byte registers in the rule's loops."""
+    code = [
+        line
+        for name, lines in disassembly.items()
+        if "x86_64_v3::" in name and f"{rule}<{dtype}>" in name
+        for line in lines
+    ]
+    assert [line for line in code if re.match(rf"vfn?m(?:add|sub)\d+{suffix} .*%ymm", line)]
+    if rule == "AdamWStep":
+        assert [line for line in code if re.match(rf"vdiv{suffix} .*%ymm", line)]
+        assert [line for line in code if re.match(rf"vsqrt{suffix} .*%ymm", line)]
+
+
+@needs_compiler
+@needs("objdump")
+@x86_64
+def test_nothing_else_needs_more_than_the_oldest_processor(disassembly):
+    """The baseline, and what both paths share, run before or without a look at the processor."""
+    shared = {name: lines for name, lines in disassembly.items() if "x86_64_v3::" not in name}
+    assert len(shared) > 5 and [name for name in shared if "baseline::" in name]
+    beyond = {name for name, lines in shared.items() for line in lines if line.startswith("v") or "%ymm" in line}
+    assert not beyond
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both paths
+
+
+ALL = Measure.NORMS | Measure.DIRECTION | Measure.PREVIOUS | Measure.MOVE
+SIZES = [1, 7, 15, 16, 17, 33, 1000, 1025, 66_001]
+ROWS = {
+    "sgd": (Rule.SGD, {Hyper.MOMENTUM: 0.9, Hyper.WEIGHT_DECAY: 0.1, Hyper.NESTEROV: 1.0}),
+    "adamw": (
+        Rule.ADAMW,
+        {Hyper.BETA1: 0.9, Hyper.BETA2: 0.99, Hyper.EPS: 1e-8, Hyper.WEIGHT_DECAY: 0.1, Hyper.AMSGRAD: 1.0},
+    ),
+}
+
+
+def step(module, rule, row, dtype, two_pass):
+    """Two steps of one binary on the same numbers; returns everything that it has written."""
+    random = torch.Generator().manual_seed(0)
+
+    def one_each(positive=False):
+        drawn = [torch.randn(n, generator=random, dtype=torch.float64) for n in SIZES]
+        # Of many magnitudes, so that every bit of a sum counts
+        drawn = [x * 10.0 ** torch.randint(-4, 4, x.shape, generator=random) for x in drawn]
+        return [(x.abs() if positive else x).to(dtype) for x in drawn]
+
+    control = torch.zeros(RING_AT + 1, dtype=torch.float64)
+    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.FIRST_LR, Control.CLIP, Control.LAST_GRAD_SCALE]] = 1.0
+    settings = torch.zeros(len(Setting), dtype=torch.float64)
+    settings[[Setting.MAX_LR, Setting.FREEZE_AFTER]] = float("inf")
+    settings[Setting.MAX_GRAD_NORM] = 1.0
+    hyper = torch.zeros(1, layout.HYPERS, dtype=torch.float64)
+    for slot, value in row.items():
+        hyper[0, slot] = value
+    params, prev = one_each(), one_each()
+    states = [one_each(), one_each(True), one_each(True)] if rule == Rule.ADAMW else [one_each(), None, None]
+    counts = torch.ones(len(SIZES), len(Count))
+    one, groups = torch.ones(1, dtype=torch.float64), torch.zeros(len(SIZES), dtype=torch.int32)
+    history = torch.zeros(4, len(STATS), dtype=torch.float64)
+    for _ in range(2):
+        uneven = module.run(
+            *(Verb.STEP, rule, ALL, two_pass, params, one_each(), *states, None, prev, groups, counts, control),
+            *(settings, 0.1 * one, hyper, one, one, history, None, None),
+        )
+        assert not uneven[0]
+    sums = {slot.name: control[SUMS_AT + slot].clone() for slot in Sum}
+    tensors = {"params": params, "prev": prev} | {f"state{k}": state for k, state in enumerate(states) if state}
+    return sums | {"control": control} | {name: torch.cat(list_of) for name, list_of in tensors.items()}
+
+
+@needs_native
+@needs_compiler
+@x86_64
+@pytest.mark.parametrize("two_pass", [False, True], ids=["one-pass", "two-passes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule, row", ROWS.values(), ids=ROWS)
+def test_both_paths_have_the_same_bits(modules, rule, row, dtype, two_pass):
+    """Parameters, states, and every sum: a checkpoint goes on alike on any processor."""
+    assert modules["baseline"].instruction_set() == "baseline"
+    if modules["wide"].instruction_set() == "baseline":
+        pytest.skip("this processor has no AVX2")
+    wide, baseline = (step(modules[path], rule, row, dtype, two_pass) for path in ("wide", "baseline"))
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    for name, x in wide.items():
+        a, b = (y.view(integers[y.element_size()]) for y in (x, baseline[name]))
+        assert torch.equal(a, b), name
+        assert x.count_nonzero() > 0, name

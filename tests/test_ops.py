@@ -1,0 +1,885 @@
+"""The four operators on lists of tensors: registration, native against eager, rounding, extremes, refusals."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lrkernels import layout, ops, rules
+from lrkernels.layout import (
+    RING_AT,
+    STATS,
+    STATS_AT,
+    SUMS_AT,
+    ClosedLoopKind,
+    Control,
+    Count,
+    Hyper,
+    Measure,
+    Rule,
+    Setting,
+    Sum,
+    Verb,
+)
+
+CPU = torch.device("cpu")
+ALL = Measure.NORMS | Measure.DIRECTION | Measure.PREVIOUS | Measure.MOVE
+VERBS = {Verb.MEASURE: "measure_", Verb.DECIDE: "decide_", Verb.APPLY: "apply_", Verb.STEP: "step_"}
+
+# Around the lanes and registers of every instruction set, the tile (1024) and the chunk (65536)
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 65535, 65536, 65537]
+
+needs_native = pytest.mark.skipif(ops._C is None, reason="the binary is not there")
+backends = pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
+orders = pytest.mark.parametrize("two_pass", [False, True], ids=["one-pass", "two-passes"])
+
+
+def f64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def new_control(ring=1):
+    control = torch.zeros(RING_AT + ring, dtype=torch.float64)
+    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP, Control.LAST_GRAD_SCALE]] = 1.0
+    control[Control.SIGNAL] = math.nan
+    control[Control.FIRST_LR] = 0.1
+    return control
+
+
+def new_settings(**values):
+    settings = torch.zeros(len(Setting), dtype=torch.float64)
+    settings[[Setting.MAX_GRAD_NORM, Setting.MAX_LR, Setting.FREEZE_AFTER]] = math.inf
+    for name, value in values.items():
+        settings[Setting[name]] = value
+    return settings
+
+
+def hyper_row(**values):
+    row = torch.zeros(1, layout.HYPERS, dtype=torch.float64)
+    for name, value in values.items():
+        row[0, Hyper[name]] = value
+    return row
+
+
+@dataclass
+class Job:
+    """An operator's arguments, in its order, and then its flags."""
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    state0: list[Tensor] = field(default_factory=list)
+    state1: list[Tensor] = field(default_factory=list)
+    state2: list[Tensor] = field(default_factory=list)
+    prev_read: list[Tensor | None] = field(default_factory=list)
+    prev_write: list[Tensor] = field(default_factory=list)
+    groups: Tensor | None = None
+    counts: Tensor | None = None
+    control: Tensor = field(default_factory=new_control)
+    settings: Tensor = field(default_factory=new_settings)
+    lr: Tensor = field(default_factory=lambda: f64([0.1]))
+    hyper: Tensor = field(default_factory=hyper_row)
+    table: Tensor = field(default_factory=lambda: f64([1.0]))
+    decay: Tensor = field(default_factory=lambda: f64([1.0]))
+    history: Tensor = field(default_factory=lambda: torch.zeros(4, len(STATS), dtype=torch.float64))
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+    rule: int = Rule.SGD
+    measure: int = Measure.NORMS
+    two_pass: bool = False
+
+    def __post_init__(self):
+        if self.groups is None:
+            self.groups = torch.zeros(len(self.params), dtype=torch.int32)
+        if self.counts is None:
+            self.counts = torch.zeros(len(self.params), len(Count))
+
+    @property
+    def arguments(self):
+        return tuple(vars(self).values())[:-3]
+
+    @property
+    def flags(self):
+        return {"rule": int(self.rule), "measure": int(self.measure), "two_pass": bool(self.two_pass)}
+
+    def run(self, backend, verb=Verb.STEP):
+        """Native through the dispatcher, as torch.ops has it; eager by its name."""
+        if backend == "native":
+            getattr(torch.ops.lrkernels, VERBS[verb])(*self.arguments, **self.flags)
+        else:
+            ops.backend_for(CPU, "eager")(verb, *self.flags.values(), *self.kernel_arguments)
+        return self
+
+    @property
+    def kernel_arguments(self):
+        return tuple((x or None) if isinstance(x, list) else x for x in self.arguments)
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+    @property
+    def tensors(self):
+        """Every tensor by a readable name."""
+        found = {}
+        for name, value in vars(self).items():
+            for i, x in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(x, Tensor):
+                    found[f"{name}[{i}]" if isinstance(value, list) else name] = x
+        return found
+
+    @property
+    def sums(self):
+        return {slot: self.control[SUMS_AT + slot].item() for slot in Sum}
+
+    def stat(self, name):
+        return self.control[STATS_AT + STATS.index(name)].item()
+
+
+def as_bits(x):
+    """The tensor's bits, with one NaN for all of them."""
+    if not x.is_floating_point():
+        return x.contiguous()
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    return torch.where(x.isnan(), torch.full_like(x, math.nan), x).contiguous().view(integers)
+
+
+def assert_same_bits(a, b, names=None):
+    for name, x in a.tensors.items():
+        if names is None or name.split("[")[0] in names:
+            assert torch.equal(as_bits(x), as_bits(b.tensors[name])), name
+
+
+def assert_same_decisions(a, b, rel=1e-12, slack=0.0, sums=True):
+    """The control tensors, slot by slot: what two ways of adding up in float64 may differ by."""
+    slots = {slot.name.lower(): slot for slot in Control} | {name: STATS_AT + i for i, name in enumerate(STATS)}
+    if sums:
+        slots |= {f"sum of {slot.name.lower()}": SUMS_AT + slot for slot in Sum}
+    there, here = ({name: x.control[slot].item() for name, slot in slots.items()} for x in (a, b))
+    assert here == pytest.approx(there, rel=rel, abs=slack, nan_ok=True)
+    assert torch.equal(a.control[RING_AT:], b.control[RING_AT:])
+
+
+TRAINED = ("params", "state0", "state1", "state2", "prev_write", "counts")
+
+
+def randn(shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(shapes, rule=Rule.SGD, dtype=torch.float32, grad_dtype=None, state_dtype=None, prev=None, **more):
+    """A job with random parameters, gradients and states; ``prev`` is the dtype of the previous gradient's keep."""
+    hyper = more.setdefault("hyper", hyper_row())
+    states = 1 if rule == Rule.SGD and hyper[0, Hyper.MOMENTUM] else 0
+    if rule == Rule.ADAMW:
+        states = 3 if hyper[0, Hyper.AMSGRAD] else 2
+
+    def one_each(seed, as_dtype):
+        return [randn(shape, seed + i, as_dtype) for i, shape in enumerate(shapes)]
+
+    lists = {f"state{k}": [x.abs() if k else x for x in one_each(100 * k, state_dtype or dtype)] for k in range(states)}
+    if prev is not None:
+        lists["prev_write"] = one_each(800, prev)
+    job = Job(one_each(400, dtype), one_each(600, grad_dtype or dtype), **lists, rule=rule, **more)
+    job.counts[:] = f64([3.0, float(prev is not None)])
+    return job
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Registration
+
+
+def example(rule=Rule.SGD):
+    """Two parameters, one without a gradient, everything measured and kept."""
+    rows = {
+        Rule.SGD: hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1),
+        Rule.ADAMW: hyper_row(BETA1=0.9, BETA2=0.99, EPS=1e-6, AMSGRAD=1.0, WEIGHT_DECAY=0.1),
+    }
+    job = make([(5, 3), (7,), ()], rule, prev=torch.float32, hyper=rows[rule], measure=ALL, two_pass=True)
+    job.grads[1] = None
+    job.settings[Setting.MAX_GRAD_NORM] = 1.0
+    job.control[SUMS_AT + Sum.GRAD_SQ] = 4.0  # decide_ alone finds something to decide on
+    return job
+
+
+@pytest.mark.parametrize("rule", Rule, ids=lambda rule: rule.name.lower())
+@pytest.mark.parametrize("name", VERBS.values())
+def test_opcheck(name, rule):
+    """Schema, autograd registration, fake tensors, and tracing by AOT dispatch."""
+    job = example(rule)
+    torch.library.opcheck(getattr(torch.ops.lrkernels, name).default, job.arguments, job.flags)
+
+
+WRITTEN = {
+    "measure_": {"counts", "control", "history"},
+    "decide_": {"counts", "control", "history"},
+    "apply_": {*TRAINED, "control", "history"},
+    "step_": {*TRAINED, "control", "history"},
+}
+
+
+@pytest.mark.parametrize("name", VERBS.values())
+def test_schema_says_what_is_written(name):
+    schema = getattr(torch.ops.lrkernels, name).default._schema
+    assert [argument.name for argument in schema.arguments] == list(vars(example()))
+    written = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
+    assert written == WRITTEN[name]
+    aliases = [a for argument in schema.arguments if argument.alias_info for a in argument.alias_info.before_set]
+    assert len(aliases) == len(set(aliases))
+    assert not schema.returns
+
+
+@backends
+@pytest.mark.parametrize("verb", VERBS, ids=VERBS.values())
+def test_nothing_but_what_the_schema_says_is_written(verb, backend):
+    job = example()
+    before = job.copy()
+    job.run(backend, verb)
+    same = [name for name, x in job.tensors.items() if torch.equal(as_bits(x), as_bits(before.tensors[name]))]
+    changed = {name.split("[")[0] for name in job.tensors if name not in same}
+    assert changed <= WRITTEN[VERBS[verb]]
+    assert "control" in changed
+    assert ("params" in changed) == bool(verb & Verb.APPLY)
+    assert {"params[1]", "state0[1]", "prev_write[1]", "grads[0]", "grads[2]", "hyper", "settings"} <= set(same)
+
+
+@pytest.mark.parametrize("name", VERBS.values())
+def test_dispatch_keys(name):
+    def has(key):
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"lrkernels::{name}", key)
+
+    assert has("CPU") == (ops._C is not None)
+    assert has("CompositeExplicitAutograd")  # eager, wherever nothing better is
+    assert has("Meta")
+    assert not has("CompositeImplicitAutograd")
+
+
+class Recorder:
+    """Stands in for the binary."""
+
+    def __init__(self):
+        self.calls = []
+
+    def run(self, *arguments):
+        self.calls.append(arguments)
+        return [], []
+
+
+@needs_native
+@pytest.mark.parametrize("verb", VERBS, ids=VERBS.values())
+def test_the_cpu_is_served_by_the_binary(verb, monkeypatch):
+    recorder, job = Recorder(), example()
+    monkeypatch.setattr(ops, "_C", recorder)
+    before = job.copy()
+    job.run("native", verb)
+    (call,) = recorder.calls
+    assert call[:4] == (verb, job.rule, job.measure, job.two_pass)
+    assert call[6] is not None and call[9] is None  # an empty list is None
+    assert_same_bits(job, before)
+    job.run("eager", verb)
+    assert len(recorder.calls) == 1
+    assert not torch.equal(job.control.nan_to_num(), before.control.nan_to_num())
+
+
+def test_meta_tensors_pass_through():
+    job = example()
+    meta = [[x if x is None else x.to("meta") for x in arg] if isinstance(arg, list) else arg for arg in job.arguments]
+    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in meta]
+    assert torch.ops.lrkernels.step_(*meta, **job.flags) is None
+
+
+def test_compiles_into_one_graph():
+    """AOT dispatch makes the operator functional and writes the results back."""
+    job = example()
+    job.found_inf = job.grad_scale = None
+    alone = job.copy().run("native")
+
+    def train(job_arguments, flags, scale):
+        torch.ops.lrkernels.step_(*job_arguments, **flags)
+        return job_arguments[0][0] * scale, job_arguments[9].sum()
+
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    doubled, total = compiled(job.arguments, job.flags, 2.0)
+    assert_same_bits(job, alone)
+    assert torch.equal(doubled, 2.0 * alone.params[0])
+    assert torch.equal(as_bits(total), as_bits(alone.control.sum()))
+
+
+@backends
+def test_writing_is_known_to_autograd(backend):
+    """A graph that saved a parameter must not run on the new values."""
+    job = Job([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], hyper=hyper_row(MOMENTUM=0.9))
+    before = job.params[0]._version
+    ops.backend_for(CPU, backend)(Verb.STEP, *job.flags.values(), *job.kernel_arguments)
+    assert job.params[0]._version > before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verbs alone are a step, and native is eager
+
+
+CASES = {
+    "sgd": (Rule.SGD, {}),
+    "sgd-maximize": (Rule.SGD, {"MAXIMIZE": 1.0, "WEIGHT_DECAY": 0.1}),
+    "sgd-momentum": (Rule.SGD, {"MOMENTUM": 0.9, "WEIGHT_DECAY": 0.1, "DAMPENING": 0.2}),
+    "sgd-nesterov": (Rule.SGD, {"MOMENTUM": 0.9, "NESTEROV": 1.0, "WEIGHT_DECAY": 0.1, "MAXIMIZE": 1.0}),
+    "sgd-decoupled": (Rule.SGD, {"MOMENTUM": 0.9, "DECOUPLED": 1.0, "WEIGHT_DECAY": 0.1, "ZERO_INIT": 1.0}),
+    "adamw": (Rule.ADAMW, {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "WEIGHT_DECAY": 0.01}),
+    "adamw-amsgrad": (Rule.ADAMW, {"BETA1": 0.9, "BETA2": 0.99, "EPS": 1e-8, "AMSGRAD": 1.0, "MAXIMIZE": 1.0}),
+    "adamw-small-beta": (Rule.ADAMW, {"BETA1": 0.3, "BETA2": 0.5, "EPS": 1e-3}),
+    "adamw-no-eps": (Rule.ADAMW, {"BETA1": 0.9, "BETA2": 0.999, "EPS": 0.0}),
+}
+cases = pytest.mark.parametrize("rule, row", CASES.values(), ids=CASES)
+
+
+@backends
+@cases
+def test_verbs_one_by_one_are_a_step(rule, row, backend):
+    settings = {"settings": new_settings(MAX_GRAD_NORM=1.0), "measure": ALL, "two_pass": True}
+    whole = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
+    whole.grads[2] = None
+    parts = whole.copy()
+    for _ in range(3):
+        whole.run(backend)
+        for verb in (Verb.MEASURE, Verb.DECIDE, Verb.APPLY):
+            parts.run(backend, verb)
+    assert_same_bits(whole, parts)
+    assert whole.control[Control.STEP] == 3 and 0 < whole.control[Control.CLIP] < 1
+
+
+def exact_sums(job, before):
+    """What MEASURE should add up: exact products of the given numbers, added in extended precision."""
+    row, truth = before.hyper[0].tolist(), dict.fromkeys(Sum, 0.0)
+    for i in range(len(job.params)):
+        g, prev = before.grads[i], before.prev_write[i]
+        sign = -1.0 if row[Hyper.MAXIMIZE] else 1.0
+        if job.rule == Rule.ADAMW:
+            moments = [state[i] for state in (before.state0, before.state1, before.state2) if state]
+            direction = rules.adamw_direction(moments[0], moments[-1], row, before.counts[i, Count.UPDATES])
+        else:
+            direction, sign = (before.state0[i], sign) if before.state0 else (prev, 1.0)
+        numbers = (g, direction, prev, g.double() - prev.double(), job.params[i].double() - before.params[i].double())
+        g, direction, prev, difference, move = (x.numpy().astype(np.longdouble) for x in numbers)
+        for slot, value in {
+            Sum.GRAD_SQ: g @ g,
+            Sum.GRAD_ABS: abs(g).sum(),
+            Sum.DOT_DIRECTION: sign * (g @ direction),
+            Sum.DIRECTION_SQ: direction @ direction,
+            Sum.DOT_PREV: g @ prev,
+            Sum.PREV_SQ: prev @ prev,
+            Sum.DIFF_SQ: difference @ difference,
+            Sum.MOVE_SQ: move @ move,
+        }.items():
+            truth[slot] += float(value)
+    return truth
+
+
+@orders
+@cases
+def test_native_has_the_bits_of_eager(rule, row, two_pass):
+    """Parameters and states bit for bit; the sums, in float64 on both, within what they lose by it."""
+    settings = {"settings": new_settings(MAX_GRAD_NORM=1.0 if two_pass else math.inf), "two_pass": two_pass}
+    eager = make([(n,) for n in SIZES], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, **settings)
+    eager.counts[:] = 0.0
+    for state in (*eager.state0, *eager.state1, *eager.state2):
+        state.zero_()
+    jobs = {"eager": eager} | ({"native": eager.copy()} if ops._C is not None else {})
+    for step in range(3):
+        eager.grads[:] = [randn(n, 31 * step + i) for i, n in enumerate(SIZES)]
+        before = eager.copy() if step == 2 else None
+        for backend, job in jobs.items():
+            job.grads[:] = eager.grads
+            job.run(backend)
+            assert (job.sums[Sum.PREV_SQ] > 0) == (step > 0)  # there is no previous gradient at first
+    truth = exact_sums(eager, before)
+    scale = {  # a dot product is as large as what it adds up
+        Sum.DOT_DIRECTION: math.sqrt(truth[Sum.GRAD_SQ] * truth[Sum.DIRECTION_SQ]),
+        Sum.DOT_PREV: math.sqrt(truth[Sum.GRAD_SQ] * truth[Sum.PREV_SQ]),
+    }
+    for backend, job in jobs.items():
+        for slot in Sum:
+            rel = 2.0**-23 if slot == Sum.MOVE_SQ else 1e-12  # a difference of parameters may be rounded to their dtype
+            close = pytest.approx(truth[slot], rel=0, abs=rel * scale.get(slot, truth[slot]))
+            assert job.sums[slot] == close, (slot.name, backend)
+        assert_same_bits(eager, job, TRAINED)
+        assert_same_decisions(eager, job, 1e-11)
+        assert torch.allclose(eager.history, job.history, rtol=1e-11, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("measure", range(16))
+@orders
+def test_every_set_of_measures_is_the_same_step(measure, two_pass):
+    """Measuring changes no parameter, and both backends fill the same sums."""
+    if two_pass and not measure:
+        pytest.skip("nothing to decide on")
+    job = make([(65,), (3, 5)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.5), measure=measure, two_pass=two_pass)
+    eager, native = job.copy().run("eager"), job.copy().run("native")
+    plain = job.copy()
+    plain.measure, plain.two_pass = 0, False
+    assert_same_bits(eager, native, TRAINED)
+    assert_same_bits(plain.run("native"), native, TRAINED)
+    for slot, name in [(Sum.DIRECTION_SQ, "DIRECTION"), (Sum.MOVE_SQ, "MOVE")]:
+        assert (native.sums[slot] != 0) == bool(measure & Measure[name])
+    if measure:
+        assert_same_decisions(eager, native)
+
+
+DTYPES = {
+    # parameter, gradient, states, previous gradient
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16, torch.float16, torch.float16),
+    "bf16-fp32-grad": (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32),
+    "fp16-fp32-grad": (torch.float16, torch.float32, torch.float16, torch.bfloat16),
+    "bf16-fp32-state": (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    "fp32-bf16-prev": (torch.float32, torch.float32, torch.float32, torch.bfloat16),
+    "fp32-bf16-grad": (torch.float32, torch.bfloat16, torch.float32, torch.float16),
+}
+
+
+@needs_native
+@orders
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adamw-amsgrad"])
+def test_native_has_the_bits_of_eager_in_every_dtype(name, dtypes, two_pass):
+    rule, row = CASES[name]
+    dtype, grad_dtype, state_dtype, prev = dtypes
+    kinds = {"dtype": dtype, "grad_dtype": grad_dtype, "state_dtype": state_dtype, "prev": prev}
+    job = make([(1025,), (7,), ()], rule, **kinds, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    job.settings[Setting.MAX_GRAD_NORM] = 1.0
+    eager, native = job.copy(), job.copy()
+    for step in range(3):
+        for i, shape in enumerate([(1025,), (7,), ()]):
+            eager.grads[i] = native.grads[i] = randn(shape, 7 * step + i, grad_dtype)
+        eager.run("eager")
+        native.run("native")
+    assert_same_bits(eager, native, TRAINED)
+    assert_same_decisions(eager, native, 1e-11)
+    assert native.params[0].dtype == dtype and not torch.equal(native.params[0], job.params[0])
+
+
+@needs_native
+@cases
+def test_native_is_eager_in_float64_but_for_the_last_bit(rule, row):
+    job = make([(1025,), (7,)], rule, dtype=torch.float64, prev=torch.float64, hyper=hyper_row(**row), measure=ALL)
+    eager, native = job.copy().run("eager"), job.copy().run("native")
+    for name, x in native.tensors.items():
+        if name.split("[")[0] in TRAINED:
+            assert torch.allclose(x, eager.tensors[name], rtol=1e-14, atol=1e-15), name
+    assert_same_decisions(eager, native)
+    assert not torch.equal(native.params[0], native.params[0].float().double())  # really in float64
+
+
+def layouts():
+    """Parameters with another layout than their gradient, and ones with gaps."""
+    base = randn((6, 10), 0)
+    yield "transposed", base.t(), randn((10, 6), 1)
+    yield "grad-transposed", base, randn((10, 6), 1).t()
+    yield "both-transposed", base.t(), randn((6, 10), 1).t()
+    yield "channels-last", randn((2, 3, 4, 5), 2).to(memory_format=torch.channels_last), randn((2, 3, 4, 5), 3)
+    yield "gaps", base[:, ::2], randn((6, 5), 4)
+    yield "gaps-in-grad", randn((6, 5), 4), base[:, ::2]
+    yield "expanded-grad", randn((6, 5), 4), randn((6, 1), 5).expand(6, 5)
+    yield "size-one", randn((1, 5, 1), 5), randn((5, 1, 1), 6).as_strided((1, 5, 1), (77, 1, 99))
+    yield "scalar", randn((), 7), randn((), 8)
+    yield "empty", torch.zeros(0, 3), torch.zeros(0, 3)
+
+
+LAYOUTS = {name: (param, grad) for name, param, grad in layouts()}
+
+
+@needs_native
+@orders
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout(name, two_pass):
+    """The binary takes one dense layout per parameter; other tensors go through copies, and come back."""
+    param, grad = LAYOUTS[name]
+
+    def job():
+        made = Job(
+            *([param.clone(memory_format=torch.preserve_format)], [grad], [randn(param.shape, 9)]),
+            prev_write=[randn(param.shape, 10)],
+            hyper=hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1),
+            measure=ALL,
+            two_pass=two_pass,
+        )
+        if name == "gaps":  # clone() has closed them
+            made.params = [torch.zeros(6, 10)[:, ::2].copy_(param)]
+        other = randn((33,), 11)
+        for column, x in [("params", other), ("grads", -other), ("state0", other), ("prev_write", other)]:
+            getattr(made, column).append(x.clone())  # a neighbour that needs no copy
+        made.groups, made.counts = torch.zeros(2, dtype=torch.int32), torch.ones(2, len(Count))
+        return made
+
+    eager, native = job(), job()
+    strides = native.params[0].stride()
+    for _ in range(2):
+        eager.run("eager")
+        native.run("native")
+    assert native.params[0].stride() == strides
+    assert_same_bits(eager, native, TRAINED)
+    assert_same_decisions(eager, native)
+    assert param.numel() == 0 or not torch.equal(native.params[0], param)
+    assert torch.equal(native.prev_write[0], grad)
+
+
+@needs_native
+def test_gaps_are_not_written():
+    storage = torch.full((6, 10), 7.0)
+    job = Job([storage[:, ::2]], [torch.ones(6, 5)]).run("native")
+    assert torch.equal(storage[:, 1::2], torch.full((6, 5), 7.0))
+    assert torch.equal(job.params[0], torch.full((6, 5), 7.0) - torch.tensor(0.1))
+
+
+@backends
+@pytest.mark.parametrize("gaps", [False, True])
+def test_states_may_come_as_dictionaries(gaps, backend):
+    """As the optimizers hand them over: a list of the parameters' states, and the key."""
+    job = make([(33,), (4, 6)], Rule.ADAMW, hyper=hyper_row(BETA1=0.9, BETA2=0.9, EPS=1e-8))
+    if gaps:  # this one goes through a copy and back
+        job.state1[1] = torch.zeros(4, 12)[:, ::2].copy_(job.state1[1])
+    as_lists, keys = job.copy().run(backend), ("exp_avg", "exp_avg_sq")
+    states = [dict(zip(keys, pair, strict=True)) for pair in zip(job.state0, job.state1, strict=True)]
+    columns = [(states, key) for key in (*keys, "max_exp_avg_sq")]
+    arguments = [*job.kernel_arguments[:2], *columns, *job.kernel_arguments[5:]]
+    ops.backend_for(CPU, backend)(Verb.STEP, *job.flags.values(), *arguments)
+    assert_same_bits(job, as_lists)
+
+
+@needs_native
+def test_groups_have_their_own_rows():
+    hyper = torch.cat([hyper_row(), hyper_row(WEIGHT_DECAY=0.5), hyper_row(MAXIMIZE=1.0)])
+    groups = torch.tensor([2, 0, 1, 0], dtype=torch.int32)
+    job = Job([torch.ones(3) for _ in range(4)], [torch.ones(3) for _ in range(4)], groups=groups, hyper=hyper)
+    job.lr = f64([0.5, 0.25, 0.125])
+    eager, native = job.copy().run("eager"), job.copy().run("native")
+    assert_same_bits(eager, native, TRAINED)
+    assert [p[0].item() for p in native.params] == [1.125, 0.5, 1 - 0.25 * 1.5, 0.5]
+    assert native.stat("lr") == 0.5  # of the first group
+
+
+@needs_native
+def test_same_bits_whatever_the_number_of_threads():
+    threads = torch.get_num_threads()
+    job = make([(n,) for n in (200_000, 65_537, 3)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL)
+    results = []
+    try:
+        for count in (1, 2, 3, 2, 1):
+            torch.set_num_threads(count)
+            results.append(job.copy().run("native"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
+
+
+CLOSED_LOOPS = {
+    "open": {},
+    "skip-nonfinite": {"SKIP_NONFINITE": 1.0, "MAX_GRAD_NORM": 1.0},
+    "alignment": {"CLOSED_LOOP": ClosedLoopKind.ALIGNMENT, "KAPPA": 0.5, "BIAS": 0.1, "LAG": 1.0},
+    "alignment-bounded": {
+        **{"CLOSED_LOOP": ClosedLoopKind.ALIGNMENT, "KAPPA": 0.5, "BIAS": 0.1, "LAG": 1.0},
+        **{"MIN_LR": 0.102, "MAX_LR": 0.12},  # the first steps are under, the last ones over
+    },
+    "alignment-at-once": {"CLOSED_LOOP": ClosedLoopKind.ALIGNMENT, "KAPPA": 0.5, "FREEZE_AFTER": 4.0},
+    "gala": {"CLOSED_LOOP": ClosedLoopKind.GALA, "DELTA": 0.5, "MAX_LR": 0.3},
+    "volsched": {"CLOSED_LOOP": ClosedLoopKind.VOL_SCHED, "WINDOW": 2.0, "SENSITIVITY": 0.5, "CAPACITY": 5.0},
+    "volsched-warmup": {
+        **{"CLOSED_LOOP": ClosedLoopKind.VOL_SCHED, "WINDOW": 2.0, "SENSITIVITY": 0.5, "CAPACITY": 5.0},
+        **{"WARMUP_STEPS": 3.0, "WARMUP_START": 0.1, "MIN_LR": 0.02},
+    },
+}
+
+
+@needs_native
+@orders
+@pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adamw"])
+@pytest.mark.parametrize("loop", CLOSED_LOOPS)
+def test_native_decides_as_eager(loop, name, two_pass):
+    """Nine steps, one skipped by the scaler, one with an infinite gradient, a schedule on top, a scaled loss."""
+    if loop == "skip-nonfinite" and not two_pass:
+        pytest.skip("it is too late to skip when the sums come with the update")
+    rule, row = CASES[name]
+    job = make([(40,), (3, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    job.counts[:] = 0.0
+    job.settings, job.control = new_settings(**CLOSED_LOOPS[loop]), new_control(ring=5)
+    job.table, job.decay = torch.linspace(1, 0.5, 7, dtype=torch.float64), torch.linspace(1, 0, 9, dtype=torch.float64)
+    job.grad_scale, job.found_inf = torch.tensor([8.0]), torch.tensor([0.0])
+    eager, native = job.copy(), job.copy()
+    for step in range(9):
+        for each, backend in ((eager, "eager"), (native, "native")):
+            each.grads = [8 * randn(p.shape, 50 * step + i) for i, p in enumerate(each.params)]
+            if step == 5 and loop == "skip-nonfinite":
+                each.grads[0][3] = math.inf
+            each.found_inf.fill_(float(step == 3))
+            each.control[Control.SIGNAL] = [0.3, 0.4, math.nan, 0.2, 0.6, 0.5, 0.55, 0.7, 0.1][step]
+            each.run(backend)
+        assert_same_bits(eager, native, TRAINED)
+        assert_same_decisions(eager, native, 1e-9, 1e-15, sums=False)
+    skipped = 2 if loop == "skip-nonfinite" else 1
+    assert native.control[Control.SKIPPED] == skipped and native.control[Control.STEP] == 9 - skipped
+    assert native.control[Control.ROWS] == 9 - skipped  # a skipped step writes no row
+    assert torch.allclose(eager.history, native.history, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@backends
+@orders
+def test_a_previous_gradient_may_be_the_tensor_itself(backend, two_pass):
+    """Kept by the caller, still times the loss scale of its own step; one is missing. As if it had been stored."""
+    kept = make([(33,), (1025,), (7,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL)
+    kept.two_pass, kept.counts = two_pass, torch.zeros_like(kept.counts)
+    swapped = kept.copy()
+    swapped.prev_write = []
+    for step, scale in enumerate([8.0, 2.0, 0.5]):
+        grads = [randn(p.shape, 40 * step + i) * scale for i, p in enumerate(kept.params)]
+        if step == 0:
+            grads[2] = None
+        for job in (kept, swapped):
+            job.grads, job.grad_scale = grads, torch.tensor([scale])
+            job.run(backend)
+        assert_same_bits(kept, swapped, ("params", "state0"))
+        assert_same_decisions(kept, swapped)
+        swapped.prev_read = grads  # powers of two come off without rounding
+    assert swapped.stat("alignment") != 0 and swapped.stat("curvature") > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extremes
+
+
+@backends
+@orders
+@pytest.mark.parametrize("value", [1e30, 3e38, 1e-30, 1e-45, 0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_norm_of_extreme_gradients(value, grad_dtype, backend, two_pass):
+    """Squares that overflow or underflow float32 are nothing to float64."""
+    n = 1500
+    grad = torch.full((n,), value).to(grad_dtype)
+    value = grad[0].item()
+    job = Job([torch.zeros(n), torch.zeros(3)], [grad, torch.zeros(3)], two_pass=two_pass).run(backend)
+    assert job.stat("grad_norm") == pytest.approx(abs(value) * math.sqrt(n), rel=1e-12, abs=0, nan_ok=True)
+    assert job.stat("grad_norm_l1") == pytest.approx(abs(value) * n, rel=1e-12, abs=0, nan_ok=True)
+
+
+@backends
+@pytest.mark.parametrize("at", [0, 7, 8, 1023, 1024, 1499])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_bad_element_is_found_anywhere(value, at, backend):
+    grad = torch.ones(1500)
+    grad[at] = value
+    job = Job([torch.zeros(1500)], [grad], settings=new_settings(SKIP_NONFINITE=1.0), two_pass=True).run(backend)
+    assert job.stat("grad_norm") == pytest.approx(abs(value), nan_ok=True)
+    assert job.control[Control.SKIPPED] == 1 and job.control[Control.STEP] == 0
+    assert torch.equal(job.params[0], torch.zeros(1500))
+
+
+@backends
+def test_huge_gradients_are_clipped_to_a_finite_step(backend):
+    settings = new_settings(MAX_GRAD_NORM=1.0)
+    job = Job([torch.zeros(4)], [torch.full((4,), 1e30)], settings=settings, two_pass=True, lr=f64([1.0]))
+    job.run(backend)
+    assert torch.allclose(job.params[0], torch.full((4,), -0.5), rtol=1e-6)
+
+
+@backends
+@orders
+@pytest.mark.parametrize("rule", Rule, ids=lambda rule: rule.name.lower())
+def test_no_gradient_at_all(rule, backend, two_pass):
+    job = example(rule)
+    job.two_pass, job.grads = two_pass, [None] * 3
+    before = job.copy()
+    job.run(backend)
+    assert_same_bits(job, before, TRAINED)
+    assert job.control[Control.STEP] == 1 and job.control[Control.CLIP] == 1
+    assert set(job.sums.values()) == {0.0}
+    assert job.stat("grad_norm") == 0 and job.stat("direction_cosine") == 0 and job.stat("lr") == 0.1
+
+
+@backends
+@pytest.mark.parametrize("verb", VERBS, ids=VERBS.values())
+def test_empty_lists(verb, backend):
+    """An optimizer without parameters still counts its steps."""
+    job = Job([], [], two_pass=True).run(backend, verb)
+    assert job.control[Control.STEP] == bool(verb & Verb.APPLY)
+    assert set(job.sums.values()) == {0.0}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rounding, over all patterns of 16 bits
+
+HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+def all_patterns(half):
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(half)
+
+
+def between_patterns(half):
+    """Float32 at and around every number of the half type and every midpoint between two, then whatever else."""
+    finite = all_patterns(half).double()
+    finite = finite[finite.isfinite()].sort().values
+    middles = (finite[1:] + finite[:-1]) / 2  # a bit more than the half type has: exact in float32
+    past = torch.tensor([65504.0, 65519.996, 65520.0, 65536.0, 1e30, 3.3953139e38, 3.4028235e38, math.inf, math.nan])
+    seeds = torch.Generator().manual_seed(0)
+    any_bits = torch.randint(-(2**31), 2**31, (200_000,), generator=seeds).to(torch.int32).view(torch.float32)
+    usual = torch.randn(100_000, generator=seeds) * 10.0 ** torch.randint(-9, 5, (100_000,), generator=seeds)
+    subnormal = torch.randint(0, 2**23, (20_000,), generator=seeds).to(torch.int32).view(torch.float32)
+    exact = torch.cat([finite.float(), middles.float(), past, -past])
+    up = torch.nextafter(exact, torch.tensor(math.inf))
+    down = torch.nextafter(exact, torch.tensor(-math.inf))
+    return torch.cat([exact, up, down, any_bits, usual, subnormal, -subnormal])
+
+
+def kept(grads, dtype):
+    """The gradients as the step keeps them in ``dtype``: read, made float32, and stored."""
+    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    job = Job([torch.zeros(grads.shape, dtype=wide)], [grads], prev_write=[torch.zeros(grads.shape, dtype=dtype)])
+    return job.run("native").prev_write[0]
+
+
+@needs_native
+@HALVES
+def test_reading_is_exact(half):
+    patterns = all_patterns(half)
+    assert torch.equal(as_bits(kept(patterns, torch.float32)), as_bits(patterns.float()))
+    assert torch.equal(as_bits(kept(patterns, half)), as_bits(patterns))
+
+
+@needs_native
+@HALVES
+def test_every_parameter_survives_a_step_of_zero(half):
+    patterns = all_patterns(half)
+    job = Job([patterns.clone()], [torch.ones(len(patterns), dtype=half)], lr=f64([0.0])).run("native")
+    # -0.0 goes to 0.0 or stays, by the sign of what is added; nothing else moves.
+    assert torch.equal(as_bits(job.params[0]), as_bits(patterns))
+
+
+@needs_native
+@HALVES
+def test_rounding_is_torchs(half):
+    values = between_patterns(half)
+    assert torch.equal(as_bits(kept(values, half)), as_bits(values.to(half)))
+
+
+@needs_native
+@HALVES
+def test_rounding_from_the_other_half_and_from_float64_is_torchs(half):
+    other = torch.float16 if half == torch.bfloat16 else torch.bfloat16
+    patterns = all_patterns(other)
+    assert torch.equal(as_bits(kept(patterns, half)), as_bits(patterns.to(half)))
+    values = between_patterns(half).double()
+    values = torch.cat([values, values * (1 + 2.0**-40), values * (1 - 2.0**-40)])
+    assert torch.equal(as_bits(kept(values, half)), as_bits(values.to(half)))
+    assert torch.equal(as_bits(kept(values, torch.float32)), as_bits(values.to(torch.float32)))
+
+
+@needs_native
+@HALVES
+def test_the_update_is_rounded_once(half):
+    """p - lr g in float32, then one rounding."""
+    values = between_patterns(half)
+    values = values[values.isfinite() & (values.abs() < 1e4)]
+    param = torch.randn(len(values), generator=torch.Generator().manual_seed(1)).to(half)
+    job = Job([param.clone()], [values.clone()], lr=f64([1.0])).run("native")
+    assert torch.equal(as_bits(job.params[0]), as_bits((param.float() - values).to(half)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals: a ValueError of ours, and nothing has changed
+
+
+def refused():
+    """Jobs with one thing wrong, on two parameters, the second at fault where a parameter is."""
+    job = make([(5,), (7,)], Rule.ADAMW, prev=torch.float32, hyper=hyper_row(BETA1=0.9, BETA2=0.9), measure=ALL)
+    job.found_inf = job.grad_scale = torch.ones(1)
+    doubles = ("control", "settings", "lr", "hyper", "table", "decay", "history")
+    for name in doubles:
+        yield f"{name}-float32", {name: getattr(job, name).float()}
+    for name in ("counts", "found_inf", "grad_scale"):
+        yield f"{name}-float64", {name: getattr(job, name).double()}
+    yield "integer-param", {"params": [job.params[0], job.params[1].int()]}
+    yield "integer-grad", {"grads": [job.grads[0], job.grads[1].long()]}
+    yield "complex-grad", {"grads": [job.grads[0], job.grads[1].to(torch.complex64)]}
+    yield "integer-state", {"state1": [job.state1[0], job.state1[1].int()]}
+    yield "integer-prev", {"prev_write": [job.prev_write[0], job.prev_write[1].int()]}
+    yield "params-tuple", {"params": tuple(job.params)}
+    yield "grads-tuple", {"grads": tuple(job.grads)}
+    yield "grads-tensor", {"grads": job.grads[0]}
+    yield "meta-param", {"params": [job.params[0], job.params[1].to("meta")]}
+    yield "meta-grad", {"grads": [job.grads[0], job.grads[1].to("meta")]}
+    yield "meta-control", {"control": job.control.to("meta")}
+    yield "no-tensor", {"grads": [job.grads[0], 3.0]}
+    yield "mixed-states", {"state1": [x.bfloat16() for x in job.state1]}
+    # What would be read or written past its end
+    yield "groups-int64", {"groups": job.groups.long()}
+    yield "groups-short", {"groups": job.groups[:1]}
+    yield "group-without-a-row", {"groups": torch.tensor([0, 1], dtype=torch.int32)}
+    yield "negative-group", {"groups": torch.tensor([0, -1], dtype=torch.int32)}
+    yield "grads-short", {"grads": job.grads[:1]}
+    yield "states-short", {"state0": job.state0[:1]}
+    yield "counts-short", {"counts": job.counts[:1]}
+    yield "counts-transposed", {"counts": job.counts.t().contiguous().t()}
+    yield "control-short", {"control": job.control[:RING_AT].clone()[: STATS_AT + 1]}
+    yield "control-strided", {"control": torch.zeros(2 * len(job.control), dtype=torch.float64)[::2]}
+    yield "settings-short", {"settings": job.settings[:3].clone()}
+    yield "hyper-narrow", {"hyper": job.hyper[:, :4].clone()}
+    yield "lr-empty", {"lr": job.lr[:0]}
+    yield "table-empty", {"table": job.table[:0]}
+    yield "decay-empty", {"decay": job.decay[:0]}
+    yield "history-empty", {"history": job.history[:0]}
+    yield "history-narrow", {"history": job.history[:, :4].clone()}
+    yield "adamw-without-states", {"state0": None, "state1": None}
+    yield "states-none", {"state0": [job.state0[0], None]}
+    for name in (*doubles, "counts", "groups"):
+        yield f"no-{name}", {name: None}
+
+
+def refuse(changes):
+    """Run one such job; returns what was raised, and whether anything has changed."""
+    job = make([(5,), (7,)], Rule.ADAMW, prev=torch.float32, hyper=hyper_row(BETA1=0.9, BETA2=0.9), measure=ALL)
+    job.__dict__.update(changes)
+    before = {name: x.clone() for name, x in job.tensors.items() if x.device == CPU}
+    try:
+        ops._C.run(Verb.STEP, *job.flags.values(), *(x if x != [] else None for x in job.arguments))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "nothing"
+    changed = [name for name, x in before.items() if not torch.equal(as_bits(x), as_bits(job.tensors[name]))]
+    return said, changed
+
+
+REFUSALS = """
+import json, os, test_ops
+for name, changes in test_ops.refused():
+    child = os.fork()
+    if child == 0:
+        print(json.dumps([name, *test_ops.refuse(changes)]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """Each of them in a process of its own: a wild pointer would take this one along."""
+    here = Path(__file__).parent
+    process = subprocess.run([sys.executable, "-c", REFUSALS], cwd=here, capture_output=True, text=True, timeout=120)
+    return {name: (said, changed) for name, said, changed in map(json.loads, process.stdout.splitlines())}
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+@pytest.mark.parametrize("name", [name for name, _ in refused()])
+def test_refusals(name, refusals):
+    assert name in refusals, "the process died"
+    said, changed = refusals[name]
+    assert said.startswith("ValueError: lrkernels: "), said
+    assert len(said) > 35 and not changed
