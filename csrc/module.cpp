@@ -35,7 +35,7 @@ struct View : DLTensor {
   bool read(PyObject* object) {
     present = object != Py_None;
     if (!present) return true;
-    if (!PyObject_HasAttrString(object, "__dlpack__") || exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
+    if (exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
       PyErr_Clear();
       return false;
     }
@@ -240,18 +240,15 @@ PyObject* run(PyObject*, PyObject* args) {
     return nullptr;
   for (Py_ssize_t i = 0; i < size; ++i)
     if (group_of[i] < 0 || group_of[i] >= n_groups) return error("groups names a group that hyper has no row for");
-  Reference uneven(PyList_New(0)), moved(PyList_New(0));
-  if (!uneven.object || !moved.object) return nullptr;
+  Reference uneven(PyList_New(0));
+  if (!uneven.object) return nullptr;
   job.rows.reserve(size_t(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const size_t rows = job.rows.size();
     const int added = add_row(job, columns, i, group_of[i], counts_of);
     if (added < 0) return nullptr;
     if (added == 0) {
       const Reference index(PyLong_FromSsize_t(i));
       if (!index.object || PyList_Append(uneven.object, index.object) != 0) return nullptr;
-    } else if (job.rows.size() > rows && (verbs & lrk::kApplyVerb)) {
-      if (PyList_Append(moved.object, PyList_GetItem(columns[0].list, i)) != 0) return nullptr;
     }
   }
   if (PyList_Size(uneven.object) == 0) {
@@ -259,7 +256,8 @@ PyObject* run(PyObject*, PyObject* args) {
     lrk::cpu::run(job, verbs);
     PyEval_RestoreThread(state);
   }
-  return PyTuple_Pack(2, uneven.object, moved.object);
+  const Reference rows(PyLong_FromSize_t(job.rows.size()));
+  return rows.object ? PyTuple_Pack(2, uneven.object, rows.object) : nullptr;
 }
 
 PyObject* connect(PyObject*, PyObject* capsule) {

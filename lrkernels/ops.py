@@ -225,10 +225,11 @@ class _Row:
 
 def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
-    uneven, moved = _C.run(verbs, rule, measure, two_pass, params, *rest)
+    uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
     if uneven:
         _run_copies(uneven, verbs, rule, measure, two_pass, params, *rest)
-    elif moved:  # a backward pass that still needs the old values must find out
+    elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
+        moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
 
 
@@ -245,9 +246,7 @@ def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass
             column[i].copy_(original)
             if k not in READ_ONLY:
                 copied.append((original, column[i]))
-    still, moved = _C.run(verbs, rule, measure, two_pass, *columns, *others)
-    assert not still, "lrkernels: the copies of uneven tensors share one layout"
-    torch.autograd.graph.increment_version(moved)
+    run_native(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
     for original, copy in copied:
         original.copy_(copy)
 
