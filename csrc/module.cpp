@@ -165,6 +165,10 @@ int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t gro
     }
     if (!grad.present) return 1;
   }
+  if (grad.element() != param.element() && grad.element() != lrk::kFloat32) {
+    error("grads[" + std::to_string(i) + "] is neither of its parameter's dtype nor float32");
+    return -1;
+  }
   Row row{};
   row.state_dtype = param.element();
   for (int k = 0; k < lrk::kStates; ++k) {

@@ -36,23 +36,22 @@ enum Stat {
 
 // What a step leaves for the next one, then this step's statistics and sums, then the signal ring of volsched.
 enum Control {
-  kStep,           // completed updates: the schedule's position
-  kSkipped,        // skipped steps
-  kRows,           // rows written to the history
-  kFactor,         // the closed loop's factor on the rate, as this step applies it
-  kNextFactor,     // and as decided from everything measured so far
-  kLogFactor,      // alignment: the running sum of the exponent
-  kNumerator,      // gala: the sum of a_s
-  kDenominator,    // gala: the sum of b_s
-  kSmoothness,     // gala: the last L_s
-  kLastGradSq,     // |g|^2 of the last completed step
-  kLastMoveSq,     // |x_{t+1} - x_t|^2 of the last completed step
-  kLastGradScale,  // the loss scale that a swapped previous gradient still carries
-  kClip,           // this step's clip factor
-  kSkip,           // this step changes nothing
-  kFirstLr,        // gala, volsched: the first group's rate before the first step, lr_0
-  kSignal,         // volsched: the value observed for this step; NaN when there is none
-  kSignals,        // volsched: how many values the ring has taken
+  kStep,         // completed updates: the schedule's position
+  kSkipped,      // skipped steps
+  kRows,         // rows written to the history
+  kFactor,       // the closed loop's factor on the rate, as this step applies it
+  kNextFactor,   // and as decided from everything measured so far
+  kLogFactor,    // alignment: the running sum of the exponent
+  kNumerator,    // gala: the sum of a_s
+  kDenominator,  // gala: the sum of b_s
+  kSmoothness,   // gala: the last L_s
+  kLastGradSq,   // |g|^2 of the last completed step
+  kLastMoveSq,   // |x_{t+1} - x_t|^2 of the last completed step
+  kClip,         // this step's clip factor
+  kSkip,         // this step changes nothing
+  kFirstLr,      // gala, volsched: the first group's rate before the first step, lr_0
+  kSignal,       // volsched: the value observed for this step; NaN when there is none
+  kSignals,      // volsched: how many values the ring has taken
   kStatsAt,
   kSumsAt = kStatsAt + kStats,
   kRingAt = kSumsAt + kSums,
@@ -326,7 +325,7 @@ LRK_RULE void decide(double* control, const double* settings, int rule, bool two
 
 // Advance the counters, take the observed signal, write the history's row. A skipped step only counts itself.
 LRK_RULE void finish(double* control, const double* settings, const double* decay, int64_t decay_size, double* history,
-                     int64_t history_size, double lr0, double multiplier, double grad_scale) {
+                     int64_t history_size, double lr0, double multiplier) {
   const double* sums = control + kSumsAt;
   double* stats = control + kStatsAt;
   const double signal = control[kSignal];
@@ -340,7 +339,6 @@ LRK_RULE void finish(double* control, const double* settings, const double* deca
   stats[kStatStep] = control[kStep] += 1.0;
   control[kLastGradSq] = sums[kGradSq];
   control[kLastMoveSq] = sums[kMoveSq];
-  control[kLastGradScale] = grad_scale;
   if (settings[kClosedLoop] == kVolSched) {
     if (is_finite(signal)) {
       control[kRingAt + int64_t(control[kSignals]) % int64_t(settings[kCapacity])] = signal > 1e-8 ? signal : 1e-8;

@@ -90,10 +90,7 @@ class Controller:
         self.open_loop, self.closed_loop = open_loop, closed_loop
         self.settings = settings_row(closed_loop, max_grad_norm)
         signals = closed_loop.capacity if isinstance(closed_loop, VolSchedule) else 1
-        self.control = torch.zeros(RING_AT + signals, dtype=torch.float64)
-        self.control[Control.FACTOR] = self.control[Control.NEXT_FACTOR] = self._first_factor()
-        self.control[Control.LAST_GRAD_SCALE] = self.control[Control.CLIP] = 1.0
-        self.control[Control.SIGNAL] = self.control[Control.FIRST_LR] = math.nan
+        self.control = self._fresh(RING_AT + signals)
         self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)
         self.table = torch.ones(1, dtype=torch.float64)
         self.decay = torch.tensor(self._decay(), dtype=torch.float64)
@@ -104,9 +101,15 @@ class Controller:
         self._pages: list[tuple[Tensor, Tensor]] = []  # copies of the ring, and how many rows had been written
         self._calls = 0  # steps since: the ring has not gone round between two copies
 
-    def _first_factor(self) -> float:
+    def _fresh(self, size: int) -> Tensor:
+        """Return the control tensor of a run that has not begun."""
         loop = self.closed_loop
-        return loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
+        start = loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
+        control = torch.zeros(size, dtype=torch.float64)
+        control[Control.FACTOR] = control[Control.NEXT_FACTOR] = start
+        control[Control.CLIP] = 1.0
+        control[Control.SIGNAL] = control[Control.FIRST_LR] = math.nan
+        return control
 
     def _decay(self) -> list[float]:
         loop = self.closed_loop
@@ -156,8 +159,10 @@ class Controller:
         for s in range(done, end if last is None else min(end, last + 1)):
             try:
                 value = float(schedule(s))
-            except OverflowError:
-                value = math.inf
+            except Exception:  # a table's end, an overflow: an error only when training gets there
+                if s > step:
+                    break
+                raise
             if not math.isfinite(value):
                 if s > step:
                     break
@@ -195,14 +200,9 @@ class Controller:
         names = [name for name, needs in MEASURED_BY.items() if needs in measure]
         return names if clipping else [name for name in names if name != "clip"]
 
-    def load(self, control: Tensor) -> None:
-        """Continue from a checkpoint's control tensor, in place; the history starts anew."""
-        self.control.copy_(control)
-        self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
-        self.restart(int(self.control[Control.STEP]))
-
-    def restart(self, step: int) -> None:
-        """Set the schedule's position; the history starts anew."""
-        self.control[Control.STEP] = step
+    def load(self, control: Tensor | None) -> None:
+        """Continue from a checkpoint's control tensor, or begin anew without one; in place. The history is empty."""
+        self.control.copy_(self._fresh(len(self.control)) if control is None else control)
         self.control[Control.ROWS] = 0
-        self._steps, self._calls, self._pages = step, 0, []
+        self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
+        self._steps, self._calls, self._pages = int(self.control[Control.STEP]), 0, []

@@ -56,7 +56,6 @@ class Control(_Slots):
     SMOOTHNESS = auto()
     LAST_GRAD_SQ = auto()
     LAST_MOVE_SQ = auto()
-    LAST_GRAD_SCALE = auto()
     CLIP = auto()
     SKIP = auto()
     FIRST_LR = auto()

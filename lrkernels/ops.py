@@ -9,7 +9,7 @@ native kernels serve the CPU when the binary is there. All of them work on the s
 ``prev_read``             the previous gradients, or empty
 ``prev_write``            where to keep this gradient, and where the previous one is; or empty
 ``groups``                int32, on the CPU: the group of each parameter
-``counts``                float32 ``[params, 2]``: updates so far, and whether ``prev_write`` holds a gradient
+``counts``                float32 ``[params, 2]``: updates so far, and whether there is a previous gradient
 ``control``               float64: what a step leaves for the next, its statistics and sums (``layout.Control``)
 ``settings, hyper``       float64, on the CPU: what the decision is told; one row of hyper-parameters per group
 ``lr``                    float64 ``[groups]``: the base rates
@@ -111,7 +111,7 @@ def run_eager(
         rules.begin(control, found_inf)
         skip = control[Control.SKIP] != 0
         if measure:
-            measured = sum((row.measure(rule, measure, control, grad_scale) for row in taken), torch.zeros_like(sums))
+            measured = sum((row.measure(rule, measure, grad_scale) for row in taken), torch.zeros_like(sums))
             sums.copy_(torch.where(skip, torch.full_like(sums, torch.nan), measured))
     if verbs & Verb.DECIDE and measure and not one_pass:
         rules.decide(control, scalars, rule, True)
@@ -125,7 +125,7 @@ def run_eager(
         sums[Sum.MOVE_SQ] = moved
         if one_pass and measure:
             rules.decide(control, scalars, rule, False)
-        rules.finish(control, scalars, decay, history, lr[0], multiplier, grad_scale)
+        rules.finish(control, scalars, decay, history, lr[0], multiplier)
 
 
 class _Row:
@@ -151,25 +151,23 @@ class _Row:
         grad = self.grad.to(self.dtype)
         return grad if grad_scale is None else grad * (1.0 / grad_scale.double()).to(self.dtype)
 
-    def previous(self, control: Tensor) -> Tensor | None:
+    def previous(self) -> Tensor | None:
         """Return the previous gradient, zero where there is none yet."""
         if self.prev is None:
             return None
         prev = self.prev.to(self.dtype)
-        if self.kept is None:
-            return prev * (1.0 / control[Control.LAST_GRAD_SCALE]).to(self.dtype)
         return torch.where(self.count[Count.HAS_PREV] != 0, prev, torch.zeros_like(prev))
 
-    def measure(self, rule: int, what: int, control: Tensor, grad_scale: Tensor | None) -> Tensor:
+    def measure(self, rule: int, what: int, grad_scale: Tensor | None) -> Tensor:
         """Return the sums over this gradient, in the order of ``layout.Sum``."""
         grad = self.unscaled(grad_scale)
-        prev = self.previous(control)
-        has_prev = (self.count[Count.HAS_PREV] != 0) if self.kept is not None else torch.ones_like(self.lr) != 0
+        prev = self.previous()
+        has_prev = self.count[Count.HAS_PREV] != 0
         sign = -1.0 if self.hyper[Hyper.MAXIMIZE] else 1.0
         direction = None
         if what & Measure.DIRECTION and rule == Rule.ADAMW:
-            moments = [state.to(self.dtype) for state in self.states]
-            direction = rules.adamw_direction(moments[0], moments[-1], self.hyper, self.count[Count.UPDATES])
+            exp_avg, second = (self.states[k].to(self.dtype) for k in (0, 2 if self.hyper[Hyper.AMSGRAD] else 1))
+            direction = rules.adamw_direction(exp_avg, second, self.hyper, self.count[Count.UPDATES])
         elif what & Measure.DIRECTION and self.hyper[Hyper.MOMENTUM]:
             direction = self.states[0].to(self.dtype)
         elif what & Measure.DIRECTION:
@@ -203,7 +201,7 @@ class _Row:
             new, buffer = rules.sgd_step(param, grad, buffer, self.hyper, rate, updates)
             results = [new, buffer]
         else:
-            maximal = states[2] if len(states) > 2 else None
+            maximal = states[2] if self.hyper[Hyper.AMSGRAD] else None
             results = list(rules.adamw_step(param, grad, states[0], states[1], maximal, self.hyper, rate, updates))  # type: ignore[arg-type]
         before = self.param.to(self.dtype, copy=True) if move else None
         targets = [self.param, *self.states] + ([self.kept] if self.kept is not None else [])
@@ -212,8 +210,7 @@ class _Row:
             if result is not None:
                 target.copy_(torch.where(skip, target, result.to(target.dtype)))
         self.count[Count.UPDATES] += (~skip).float()
-        if self.kept is not None:
-            self.count[Count.HAS_PREV] = torch.where(skip, self.count[Count.HAS_PREV], torch.ones_like(updates))
+        self.count[Count.HAS_PREV] = torch.where(skip, self.count[Count.HAS_PREV], torch.ones_like(updates))
         if before is None:
             return torch.zeros_like(self.lr)
         return (self.param.to(self.dtype).double() - before.double()).square().sum()
@@ -234,7 +231,8 @@ def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list
 
 
 def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
-    columns, others = [*map(_listed, arguments[:LISTS])], arguments[LISTS:]
+    columns: list[Any] = [*map(_listed, arguments[:LISTS])]
+    others = arguments[LISTS:]
     copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
         param = torch.empty_like(arguments[0][i])  # dense, in the order of the parameter's strides

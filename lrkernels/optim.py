@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -49,9 +51,10 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(f"lrkernels: {message}")
 
 
-def _check_finite(group: dict[str, Any], *names: str) -> None:
-    for name in names:
-        _check(0.0 <= group[name] < math.inf, f"{name} must be finite and >= 0, got {group[name]}")
+def _check_finite(group: dict[str, Any], name: str) -> None:
+    value = group[name]
+    number = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
+    _check(number, f"{name} must be finite and >= 0, got {value!r}")
 
 
 class _Plan:
@@ -69,13 +72,14 @@ class _Plan:
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
-        self.filled = len(self.state)
+        self.entries = list(self.state.values())
 
     def is_current(self, optimizer: Optimizer) -> bool:
         """Whether nobody has exchanged the states, or moved the parameters, since."""
         return (
             self.state is optimizer.state
-            and self.filled == len(optimizer.state)
+            and len(self.entries) == len(self.state)
+            and all(map(operator.is_, self.entries, self.state.values()))
             and (not self.params or self.params[0].device == self.device)
         )
 
@@ -103,6 +107,8 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[Rule]
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
+    _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
+    _own_hyper: ClassVar[tuple[str, ...]]  # what tells this rule's groups from another's
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
@@ -157,6 +163,8 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            waits = lr.device.type != "cpu"
+            _check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
@@ -188,11 +196,11 @@ class FusedOptimizer(Optimizer):
         """Bring the device's rates and the host's rows up to date with ``param_groups``."""
         rates = [group["lr"] for group in self.param_groups]
         floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
-        rows = [self._hyper(group) for group in self.param_groups]
+        rows = [[*self._hyper(group), group["differentiable"]] for group in self.param_groups]
         if self._seen != (floats, rows):
             for group in self.param_groups:
                 self._check_group(group)
-            self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
+            self._hyper_rows = torch.tensor([row[:HYPERS] for row in rows], dtype=torch.float64)
             keys = [self._state_keys(group) for group in self.param_groups]
             if keys != self._keys:  # momentum or amsgrad was switched on
                 self._keys = keys
@@ -219,6 +227,7 @@ class FusedOptimizer(Optimizer):
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
+        plan.entries = list(self.state.values())
         self._plan = plan
         return plan
 
@@ -230,10 +239,12 @@ class FusedOptimizer(Optimizer):
             counts.copy_(self._counts[p])
         elif state:  # from a checkpoint
             counts[Count.UPDATES] = self._updates_in(state)
-            counts[Count.HAS_PREV] = float(state.get("prev_grad") is not None)
+            counts[Count.HAS_PREV] = float("prev_grad" in state or "prev_param" in state)
         for key in self._state_keys(group):
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                if key != "max_exp_avg_sq":  # the rule starts anew
+                    counts[Count.UPDATES] = 0.0
         if self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, prev._version)
@@ -244,7 +255,6 @@ class FusedOptimizer(Optimizer):
         self._counts[p] = counts
         self._show_updates(state, counts[Count.UPDATES])
         plan.states[i] = state
-        plan.filled = len(self.state)
 
     def _updates_in(self, state: dict[str, Any]) -> float:
         """Return how many updates a checkpoint's state stands for."""
@@ -260,6 +270,12 @@ class FusedOptimizer(Optimizer):
         plain = self._rule == Rule.SGD and any(group["momentum"] == 0 for group in self.param_groups)
         return bool(self._measure & Measure.PREVIOUS) or (bool(self._measure & Measure.DIRECTION) and plain)
 
+    def _lacks_state(self, plan: _Plan) -> bool:
+        """Whether somebody has taken a state away that the rule needs."""
+        keys = [self._state_keys(group) for group in self.param_groups]
+        awake = set(range(len(plan.params))) - set(plan.idle)
+        return any(plan.states[i].get(key) is None for i in awake for key in keys[plan.group_of[i]])
+
     def _awaken(self, plan: _Plan, grads: list[Tensor | None]) -> None:
         """Give parameters whose first gradient has arrived their state."""
         arrived = [i for i in plan.idle if grads[i] is not None]
@@ -268,6 +284,7 @@ class FusedOptimizer(Optimizer):
             for i in arrived:
                 self._fill_state(plan, i)
             plan.idle = [i for i in plan.idle if grads[i] is None]
+            plan.entries = list(self.state.values())
 
     def _refuse(self, plan: _Plan, grads: list[Tensor | None]) -> None:
         """Raise for a gradient that no kernel takes, before anything is changed."""
@@ -317,7 +334,16 @@ class FusedOptimizer(Optimizer):
         grads = [p.grad for p in plan.params]
         if plan.idle:
             self._awaken(plan, grads)
-        self._launch(plan, grads, there)
+        if self._run is not ops.run_native:
+            self._refuse(plan, grads)
+            plan = self._make_plan() if self._lacks_state(plan) else plan
+        try:
+            self._launch(plan, grads, there)
+        except ValueError:
+            self._refuse(plan, grads)
+            if not self._lacks_state(plan):
+                raise
+            self._launch(self._make_plan(), grads, there)
         return loss
 
     def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
@@ -331,7 +357,7 @@ class FusedOptimizer(Optimizer):
         assert run is not None
         prev_read: Any = None
         prev_write: Any = None
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if there is not None:
             prev_read = [there.get(p) for p in plan.params]
             before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
@@ -360,29 +386,35 @@ class FusedOptimizer(Optimizer):
             controller.decay,
             controller.history,
             found_inf,
-            getattr(self, "grad_scale", None),
+            grad_scale,
         )
-        try:
-            if self._process_group is None:
-                run(Verb.STEP, *arguments)
-            else:
-                run(Verb.MEASURE, *arguments)
-                dist.all_reduce(controller.sums, group=self._process_group)
-                run(Verb.DECIDE | Verb.APPLY, *arguments)
-                move = controller.control[Control.LAST_MOVE_SQ : Control.LAST_MOVE_SQ + 1]
-                dist.all_reduce(move, group=self._process_group)
-        except (BufferError, RuntimeError, ValueError):
-            self._refuse(plan, grads)
-            raise
-        if prev_read is None or (found_inf is not None and found_inf.item()):
-            return
+        if self._process_group is None:
+            run(Verb.STEP, *arguments)
+        else:
+            run(Verb.MEASURE, *arguments)
+            dist.all_reduce(controller.sums, group=self._process_group)
+            run(Verb.DECIDE | Verb.APPLY, *arguments)
+            move = controller.control[Control.LAST_MOVE_SQ : Control.LAST_MOVE_SQ + 1]
+            dist.all_reduce(move, group=self._process_group)
         if there is not None:
             for p, point in before:
                 self.state[p]["prev_param"] = point
-            return
+        elif prev_read is not None:
+            self._keep_grads(plan, grads, found_inf, grad_scale)
+
+    def _keep_grads(
+        self, plan: _Plan, grads: list[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> None:
+        """Keep the gradients for the next step; copies of them where a gradient scaler scales and may skip."""
         for p, grad in zip(plan.params, grads, strict=True):
-            if grad is not None:
-                self._kept[p] = (grad, grad._version)
+            if grad is None:
+                continue
+            if grad_scale is not None:
+                grad = grad * (1.0 / grad_scale.double()).to(grad.dtype)
+            if found_inf is not None:
+                old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
+                grad = torch.where(found_inf.reshape(()) != 0, old, grad)
+            self._kept[p] = (grad, grad._version)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
@@ -473,41 +505,55 @@ class FusedOptimizer(Optimizer):
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
         for i, p in enumerate(flat):
             if i in saved and saved[i].get("prev_grad") is not None:  # torch has rounded it to the parameter's dtype
-                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device, copy=True)
+                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device)
             for key, value in self.state.get(p, {}).items():
-                there = old_state.get(p, {}).get(key)
-                if key != "step" and isinstance(there, Tensor) and there.dtype == value.dtype:
-                    self.state[p][key] = there.copy_(value)
+                if isinstance(value, Tensor) and key != "step":
+                    there = old_state.get(p, {}).get(key)
+                    if isinstance(there, Tensor) and there.dtype == value.dtype:
+                        self.state[p][key] = there.copy_(value)
+                    else:
+                        self.state[p][key] = value.clone()
         self._counts.clear()
         self._kept.clear()
-        if control is not None:
-            self._controller.load(control)
-        else:
-            self._controller.restart(0)
+        self._controller.load(control)
+        self._plan = None
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
+        name = type(self).__name__
+        state: Any = state_dict.get("state") if isinstance(state_dict, dict) else None
+        groups: Any = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         _check(
-            isinstance(state_dict, dict) and {"state", "param_groups"} <= set(state_dict),
+            isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups),
             "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
         )
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in groups]
+        sizes = [len(group.get("params", ())) for group in groups]
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
+        for saved_group, group in zip(groups, self.param_groups, strict=True):
+            lacking = [key for key in ("lr", "weight_decay", *self._own_hyper) if key not in saved_group]
+            _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
+            self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
-        saved = {i: state_dict["state"][key] for i, key in enumerate(ids) if key in state_dict["state"]}
+        saved = {i: state[key] for i, key in enumerate(ids) if key in state}
+        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param"}
         for i, entry in saved.items():
+            _check(isinstance(entry, dict), f"the checkpoint's state of parameter {i} is {type(entry).__name__}")
+            foreign = [key for key in entry if key not in known]
+            _check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
+            absent = [key for key in self._required if entry and entry.get(key) is None]
+            _check(not absent, f"the checkpoint's state of parameter {i} lacks {absent}")
             for key, value in entry.items():
-                if isinstance(value, Tensor) and key != "step":
-                    _check(
-                        value.shape == flat[i].shape,
-                        f"the checkpoint's {key} of parameter {i} has shape {tuple(value.shape)}, "
-                        f"the parameter {tuple(flat[i].shape)}: it belongs to another model",
-                    )
+                if key == "step" or value is None:
+                    continue
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                _check(
+                    shape == tuple(flat[i].shape),
+                    f"the checkpoint's {key} of parameter {i} is {shape}, the parameter {tuple(flat[i].shape)}",
+                )
         control = groups[0].get(CONTROL_KEY)
         _check(
-            control is None or control.shape == self._controller.control.shape,
+            control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
         return saved
@@ -549,6 +595,7 @@ class FusedSGD(FusedOptimizer):
 
     _rule = Rule.SGD
     _states = ("momentum_buffer", None, None)
+    _own_hyper = ("momentum", "dampening", "nesterov")
 
     def __init__(
         self,
@@ -632,6 +679,8 @@ class FusedAdamW(FusedOptimizer):
 
     _rule = Rule.ADAMW
     _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _required = ("step", "exp_avg", "exp_avg_sq")
+    _own_hyper = ("betas", "eps", "amsgrad")
 
     def __init__(
         self,

@@ -246,7 +246,6 @@ def finish(
     history: Tensor,
     lr0: Tensor,
     multiplier: Tensor,
-    grad_scale: Tensor | None,
 ) -> None:
     """Advance the counters, take the observed signal, write the history's row. A skipped step only counts itself."""
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
@@ -263,7 +262,6 @@ def finish(
     trial[STATS_AT + STATS.index("step")] = trial[Control.STEP]
     trial[Control.LAST_GRAD_SQ] = sums[Sum.GRAD_SQ]
     trial[Control.LAST_MOVE_SQ] = sums[Sum.MOVE_SQ]
-    trial[Control.LAST_GRAD_SCALE] = 1.0 if grad_scale is None else grad_scale.reshape(()).double()
     if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.VOL_SCHED:
         taken = signal.isfinite()
         slot = (RING_AT + trial[Control.SIGNALS] % settings[Setting.CAPACITY]).long().reshape(1)

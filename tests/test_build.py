@@ -262,7 +262,7 @@ def step(module, rule, row, dtype, two_pass):
         return [(x.abs() if positive else x).to(dtype) for x in drawn]
 
     control = torch.zeros(RING_AT + 1, dtype=torch.float64)
-    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.FIRST_LR, Control.CLIP, Control.LAST_GRAD_SCALE]] = 1.0
+    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.FIRST_LR, Control.CLIP]] = 1.0
     settings = torch.zeros(len(Setting), dtype=torch.float64)
     settings[[Setting.MAX_LR, Setting.FREEZE_AFTER]] = float("inf")
     settings[Setting.MAX_GRAD_NORM] = 1.0

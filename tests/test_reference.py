@@ -13,6 +13,7 @@ from torch import nn
 
 from lrkernels import schedules
 from lrkernels.closed_loop import AlignmentSchedule, GalaSchedule, VolSchedule
+from lrkernels.closures import gradients_at
 from lrkernels.reference import (
     Alignment,
     Gala,
@@ -35,7 +36,6 @@ from lrkernels.reference import (
     uba_shape,
     volsched_multiplier,
 )
-from lrkernels.closures import gradients_at
 
 SIGNAL = [0.01, 0.05, 0.03, 0.08, 0.06, 0.10, 0.12, 0.11, 0.15, 0.14, 0.18, 0.20]
 

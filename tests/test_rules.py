@@ -248,7 +248,7 @@ class Decision:
     def __init__(self, backend, settings=(), ring=1, decay=(1.0,)):
         self.run = ops.backend_for(torch.device("cpu"), backend)
         self.control = torch.zeros(RING_AT + ring, dtype=torch.float64)
-        self.control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP, Control.LAST_GRAD_SCALE]] = 1.0
+        self.control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP]] = 1.0
         self.control[Control.SIGNAL] = math.nan
         self.control[Control.FIRST_LR] = 1.0
         self.settings = torch.zeros(len(Setting), dtype=torch.float64)

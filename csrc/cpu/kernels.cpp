@@ -119,13 +119,11 @@ void advance(const Job& job) {
   if (job.control[kSkip] == 0) {
     for (const Row& row : job.rows) {
       row.counts[kUpdates] += 1;
-      if (row.prev_write) row.counts[kHasPrev] = 1;
+      row.counts[kHasPrev] = 1;
     }
   }
   const double multiplier = at(job.table, job.table_size, job.control[kStep]);
-  const double scale = job.grad_scale ? double(*job.grad_scale) : 1.0;
-  finish(job.control, job.settings, job.decay, job.decay_size, job.history, job.history_size, job.lr[0], multiplier,
-         scale);
+  finish(job.control, job.settings, job.decay, job.decay_size, job.history, job.history_size, job.lr[0], multiplier);
 }
 
 }  // namespace

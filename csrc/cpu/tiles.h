@@ -255,8 +255,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const double sign = hyper[kMaximize] != 0 ? -1.0 : 1.0;
   const T unscale = T(job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0);
   const T scale = T(sign * control[kClip]);
-  const T prev_unscale = T(!row.prev_write && control[kLastGradScale] != 0 ? 1.0 / control[kLastGradScale] : 1.0);
-  const bool has_prev = measuring && row.prev_read && (!row.prev_write || row.counts[kHasPrev] != 0);
+  const bool has_prev = measuring && row.prev_read && row.counts[kHasPrev] != 0;
   const bool momentumless = job.rule == kSgd && hyper[kMomentum] == 0;
   const bool directed = measuring && (job.measure & kDirection);
   const bool moving = job.measure & kMove;
@@ -279,21 +278,14 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
       grad = scratch[0];
     }
     tile.grad = grad;
-    if (has_prev) {
-      T* prev = load(row.prev_read, row.prev_dtype, offset, size, scratch[1]);
-      if (prev_unscale != 1) {
-        for (int i = 0; i < tile.size; ++i) scratch[1][i] = prev[i] * prev_unscale;
-        prev = scratch[1];
-      }
-      tile.prev = prev;
-    }
+    if (has_prev) tile.prev = load(row.prev_read, row.prev_dtype, offset, size, scratch[1]);
     if (directed && momentumless) {
       tile.direction = tile.prev;
     } else if (directed && job.rule == kSgd) {
       tile.direction = tile.states[0];
     } else if (directed && row.counts[kUpdates] > 0) {
       const AdamWDirection<T> moved(hyper, row.counts[kUpdates]);
-      const T* second = row.states[2] ? tile.states[2] : tile.states[1];
+      const T* second = hyper[kAmsgrad] != 0 ? tile.states[2] : tile.states[1];
       for (int i = 0; i < tile.size; ++i) scratch[2][i] = moved(tile.states[0][i], second[i]);
       tile.direction = scratch[2];
     }
