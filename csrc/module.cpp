@@ -39,7 +39,7 @@ struct View : DLTensor {
       PyErr_Clear();
       return false;
     }
-    return device.device_type == kDLCPU;
+    return device.device_type == kDLCPU && (data || empty());  // a subclass may have no memory of its own
   }
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }

@@ -2,15 +2,21 @@
 
 from . import batch_sizes, recipes, reference, schedules
 from .batch_sizes import ScheduledBatchSampler
+from .guard import Guard
 from .ops import info
 from .optim import FusedAdamW, FusedSGD
+from .wrappers import GALA, Alignment, VolSchedLR
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GALA",
+    "Alignment",
     "FusedAdamW",
     "FusedSGD",
+    "Guard",
     "ScheduledBatchSampler",
+    "VolSchedLR",
     "batch_sizes",
     "info",
     "recipes",

@@ -95,6 +95,7 @@ class Controller:
         self.table = torch.ones(1, dtype=torch.float64)
         self.decay = torch.tensor(self._decay(), dtype=torch.float64)
         self._tabulated: list[float] = []
+        self._signal_given = self._warned = False
         self._started = False  # whether lr_0 is set
         self._steps = 0  # an upper bound of control[STEP], which the host does not read
         self._keep_all = history_size is None
@@ -108,6 +109,7 @@ class Controller:
         control = torch.zeros(size, dtype=torch.float64)
         control[Control.FACTOR] = control[Control.NEXT_FACTOR] = start
         control[Control.CLIP] = 1.0
+        control[STATS_AT + 1 : SUMS_AT - 1] = math.nan  # all but the two counts, step and skipped
         control[Control.SIGNAL] = control[Control.FIRST_LR] = math.nan
         return control
 
@@ -142,6 +144,12 @@ class Controller:
 
     def before_step(self) -> None:
         """Make room: the schedule's next value in the table, the next row in the history."""
+        if isinstance(self.closed_loop, VolSchedule) and not self._signal_given and not self._warned:
+            warnings.warn(
+                "lrkernels: volsched has no signal for this step; call observe(value) before it", stacklevel=4
+            )
+            self._warned = True
+        self._signal_given = False
         if self.open_loop is not None and self._steps >= len(self._tabulated):
             self._tabulate(self._steps)
         if self._keep_all and self._calls and self._calls % PAGE == 0:
@@ -173,6 +181,9 @@ class Controller:
 
     def observe(self, value: float | Tensor) -> None:
         """Take volsched's signal for the coming step."""
+        if not isinstance(self.closed_loop, VolSchedule):
+            raise ValueError("lrkernels: observe() is for schedules.volsched, which this optimizer does not have")
+        self._signal_given = True
         if isinstance(value, Tensor):
             self.control[Control.SIGNAL].copy_(value.detach().reshape(()), non_blocking=True)
         elif math.isfinite(value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .closed_loop import ClosedLoop, VolSchedule
+from .closed_loop import AlignmentSchedule, ClosedLoop, VolSchedule
 
 __all__ = ["Event", "Guard"]
 
 COLUMNS = ("loss", "grad_norm", "lr")
-RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs"}  # what torch's schedulers keep of the rate
+RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "_last_lr"}  # in groups, and torch's schedulers
 
 
 def _check(condition: bool, message: str) -> None:
@@ -33,20 +33,24 @@ def _copy(tree: Any, device: torch.device | str | None = None) -> Any:
     """Copy a checkpoint, its tensors to ``device`` (None: where each is)."""
     if isinstance(tree, Tensor):
         return tree.detach().to(device or tree.device, copy=True)
-    if type(tree) is dict:
-        return {key: _copy(value, device) for key, value in tree.items()}
+    if type(tree) in (dict, OrderedDict):
+        return type(tree)((key, _copy(value, device)) for key, value in tree.items())
     if type(tree) in (list, tuple):
         return type(tree)(_copy(value, device) for value in tree)
     return copy.deepcopy(tree)
 
 
+def _is_all(values: NDArray[np.float64], x: float) -> bool:
+    return bool(np.isclose(values, x, rtol=1e-6, atol=0.0).all())
+
+
 def _scaled(tree: Any, factor: float, inside: bool = False) -> Any:
-    """Multiply every learning rate of a checkpoint, in groups and in torch's schedulers."""
+    """Multiply every learning rate of a checkpoint."""
     if type(tree) is dict:
         return {key: _scaled(value, factor, inside or key in RATES) for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(_scaled(value, factor, inside) for value in tree)
-    return tree * factor if inside and isinstance(tree, float | Tensor) else tree
+    return tree * factor if inside and isinstance(tree, int | float | Tensor) else tree
 
 
 def _load_in_place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -104,34 +108,34 @@ class Guard:
             guard.step(loss)
             optimizer.zero_grad()
 
-    A step notes loss, gradient norm and rate on the device, and nothing waits. Every ``check_every`` steps one copy brings
-    them to the host, and the guard
+    A step notes loss, gradient norm and rate on the device, and nothing waits. Every ``check_every`` steps one copy
+    brings them to the host, and the guard
 
     - goes back when the run has diverged: at a loss that is not finite, or after ``patience`` losses in a row above
       ``m + threshold * max(|m|, largest - m)``, where ``m`` is the median and ``largest`` the largest of the last
-      ``memory`` good losses. Parameters, module buffers and the state of the optimizer and of ``others`` are as in the
-      snapshot, bit for bit and in place; every rate is ``lr_factor`` times what it was there. Data and random numbers go
-      on. After ``max_rollbacks`` of them it goes back once more and raises.
-    - warns, once until it is over, when a closed-loop schedule has been at ``min_lr`` or ``max_lr`` for all these steps,
-      and when a gradient norm exceeds ``norm_threshold`` times the median of the last ``memory``.
-    - takes a snapshot if the last ``snapshot_every`` steps brought none and these were good. It counts once the next ones
-      were good too, so a second copy is kept until then. The first is taken when the guard is made.
+      ``memory`` good losses. Parameters, module buffers and the state of the optimizer and of ``others`` become what
+      they were in the snapshot, bit for bit and in place, and every rate ``lr_factor`` times what it was there. Data
+      and random numbers go on. After ``max_rollbacks`` times the next is the last: it raises.
+    - warns, once until it is over, when a closed-loop schedule has been at ``min_lr`` or ``max_lr`` for all of these
+      steps, and when a gradient norm is above ``norm_threshold`` times the median of the last ``memory``.
+    - takes a snapshot, if the last one is ``snapshot_every`` steps old and these steps were good. The old one stays
+      until the new one has proved itself: the steps after it were good too. The first is taken when the guard is made.
 
-    Gradient norm and rate are ``optimizer.stats``' where it has them; else the rate is ``group["lr"]`` and the norm left
-    out. ``optimizer.history()`` of a fused optimizer starts anew at a rollback; the guard's own goes on. With several
-    processes give every one the same loss, reduced over them: they must decide alike.
+    The norm and the rate are those of ``optimizer.stats``; without it the rate is ``group["lr"]`` and there is no norm.
+    ``optimizer.history()`` of a fused optimizer starts anew at a rollback, ``history()`` of the guard goes on. With
+    several processes give each the same loss, the mean over them all: they must decide alike.
 
     Args:
-        optimizer: One of ours or of torch's, before its first step or later.
+        optimizer: One of ours or of torch's.
         model: The module, or modules, whose buffers (BatchNorm's statistics, ...) go back too; default None.
-        others: What else has ``state_dict`` and ``load_state_dict`` and must go back: torch's schedulers, ``GradScaler``,
-            averaged weights; default none.
+        others: What else has ``state_dict`` and ``load_state_dict`` and is to go back: torch's schedulers,
+            ``GradScaler``, averaged weights; default none.
         check_every: Steps between two looks; default 50.
-        patience: Losses in a row far above the median that count as divergence; default 10.
-        threshold: How far that is; default 1: twice the median, and above all in memory by as much as that is wide.
+        patience: How many losses in a row, far above the median, are a divergence; default 10.
+        threshold: How far that is; default 1.
         norm_threshold: How many times the median a gradient norm may be; default 10.
-        memory: How many good losses, and norms, the medians are of; default 200.
-        snapshot_every: Steps between two snapshots; default 500. Looks decide, so it is rounded up to a multiple of theirs.
+        memory: How many good losses, and norms, the medians are taken over; default 200.
+        snapshot_every: Steps between two snapshots, or a little more: they are taken at a look; default 500.
         snapshot_device: Where snapshots are kept; default None, beside what they are copies of. ``"cpu"`` spares the
             device's memory.
         max_rollbacks: How many times to go back before giving up; default 3.
@@ -164,6 +168,7 @@ class Guard:
         _check(threshold > 0 and norm_threshold > 1, "need threshold > 0 and norm_threshold > 1")
         _check(max_rollbacks >= 0, f"max_rollbacks must be >= 0, got {max_rollbacks}")
         _check(0 < lr_factor <= 1, f"lr_factor must be in (0, 1], got {lr_factor}")
+        _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
         self.optimizer = optimizer
         self.modules = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
         self.others = list(others)
@@ -180,11 +185,11 @@ class Guard:
         self._rows: deque[list[float]] = deque(maxlen=history_size)
         self._ring: Tensor | None = None
         self._noted = 0
-        self._good, self._next = self._snapshot(), None  # to go back to; and what will be if the next steps are good
+        self._good = self._snapshot()  # to go back to
+        self._next: _Snapshot | None = None  # and from when the next steps have been good too
 
     # -- every step ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, loss: float | Tensor) -> bool:
         """Note a step that the optimizer has done, and look at the last ones if it is time.
 
@@ -202,7 +207,8 @@ class Guard:
         lr = known.get("lr")
         values = (loss, known.get("grad_norm"), self.optimizer.param_groups[0]["lr"] if lr is None else lr)
         if self._ring is None:
-            device = loss.device if isinstance(loss, Tensor) else None
+            devices = [x.device for x in (*values, self._good.params[0][0]) if isinstance(x, Tensor)]
+            device = next((device for device in devices if device.type != "cpu"), None)
             self._ring = torch.full((self.check_every, len(COLUMNS)), math.nan, dtype=torch.float64, device=device)
         for cell, value in zip(self._ring[self._noted], values, strict=True):
             if isinstance(value, Tensor):
@@ -213,7 +219,6 @@ class Guard:
         self.steps += 1
         return self._noted == self.check_every and self.check()
 
-    @torch.no_grad()
     def check(self) -> bool:
         """Look at the steps since the last look: ``step`` calls it; so may you, before you save a checkpoint.
 
@@ -244,9 +249,9 @@ class Guard:
         return [] if self._ring is None else self._ring[: self._noted].tolist()
 
     def history(self) -> dict[str, NDArray[Any]]:
-        """Return ``loss``, ``grad_norm``, ``lr`` and ``rollback`` (whether the run went back after that step), as arrays.
+        """Return ``loss``, ``grad_norm``, ``lr`` and ``rollback``, whether the run went back after the step, as arrays.
 
-        One value for each of the last ``history_size`` steps, oldest first; nan where something is not known. One copy.
+        One value for each of the last ``history_size`` steps, oldest first; nan where something is not known.
         """
         rows = np.array([*self._rows, *([*row, 0.0] for row in self._unread())]).reshape(-1, len(COLUMNS) + 1)
         columns = dict(zip((*COLUMNS, "rollback"), rows.T.copy(), strict=True))
@@ -290,19 +295,20 @@ class Guard:
             loop = getattr(holder, "closed_loop", getattr(holder, "_closed_loop", None))
             if not isinstance(loop, ClosedLoop):
                 continue
-            open_loop = getattr(holder, "open_loop", getattr(holder, "_open_loop", None))
-            if open_loop is not None:
+            multipliers = np.ones(len(rates))
+            if open_loop := getattr(holder, "open_loop", getattr(holder, "_open_loop", None)):
                 last = int(self.optimizer.stats["step"])  # type: ignore[attr-defined]
-                multipliers = np.array([open_loop(step) for step in range(last - len(rates), last)])
-                if not multipliers.all():
-                    continue
-                rates = rates / multipliers
+                multipliers = np.array([open_loop(max(0, last - i)) for i in range(len(rates), 0, -1)])
+            if not multipliers.all():
+                continue
+            # the bounds of gala and volsched are of the rate that group["lr"] multiplies, which rollbacks lower
+            scales = {1.0} if isinstance(loop, AlignmentSchedule) else {1.0, self.lr_factor**self.rollbacks}
             for name in ("min_lr", "max_lr"):
                 bound = getattr(loop, name)
                 ends_there = name == "min_lr" and isinstance(loop, VolSchedule)  # by its own decay
                 self._episode(
                     name,
-                    not ends_there and np.isclose(rates, bound, rtol=1e-6, atol=0.0).all(),
+                    not ends_there and any(_is_all(rates / multipliers, bound * scale) for scale in scales),
                     f"the learning rate has been at {name} = {bound:g} for {len(rates)} steps: the schedule would go "
                     "beyond it; choose another bound, or another first rate",
                 )
@@ -311,7 +317,7 @@ class Guard:
         """Warn at the beginning of something, and not again before it is over."""
         if on and kind not in self._episodes:
             self._note(kind, message)
-            warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=4)
+            warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=5)
         (self._episodes.add if on else self._episodes.discard)(kind)
 
     def _note(self, kind: str, message: str) -> None:
@@ -336,14 +342,8 @@ class Guard:
             [(other, _copy(other.state_dict(), device)) for other in self.others],
         )
 
-    def _go_back(self, reason: str) -> None:
-        good = self._good
-        self._next, self._far = None, 0
-        stop = self.rollbacks == self.max_rollbacks
-        if not stop:
-            self.rollbacks += 1
-            good.optimizer = _scaled(good.optimizer, self.lr_factor)
-            good.others = [(other, _scaled(state, self.lr_factor)) for other, state in good.others]
+    @torch.no_grad()
+    def _restore(self, good: _Snapshot) -> None:
         for p, value in good.params:
             p.copy_(value)
         for module, name, value in good.buffers:
@@ -352,6 +352,16 @@ class Guard:
         for other, state in good.others:
             other.load_state_dict(_copy(state))
         self.optimizer.zero_grad()
+
+    def _go_back(self, reason: str) -> None:
+        good = self._good
+        self._next, self._far = None, 0
+        stop = self.rollbacks == self.max_rollbacks
+        if not stop:
+            self.rollbacks += 1
+            good.optimizer = _scaled(good.optimizer, self.lr_factor)
+            good.others = [(other, _scaled(state, self.lr_factor)) for other, state in good.others]
+        self._restore(good)
         self._rows[-1][-1] = 1.0
         if stop:
             message = f"training has diverged again after {self.rollbacks} rollbacks: {reason}"

@@ -19,7 +19,7 @@ from . import ops, schedules
 from .closed_loop import AlignmentSchedule, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .layout import HYPERS, Control, Count, Measure, Rule, Verb
+from .layout import HYPERS, Control, Count, Measure, Rule, Sum, Verb
 
 __all__ = ["FusedAdamW", "FusedSGD"]
 
@@ -305,6 +305,7 @@ class FusedOptimizer(Optimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Measure, decide and apply, in one call.
@@ -332,6 +333,8 @@ class FusedOptimizer(Optimizer):
             plan = self._make_plan()
         self._refresh_hyper(plan)
         grads = [p.grad for p in plan.params]
+        if self._process_group is None and all(grad is None for grad in grads):
+            return loss  # nothing to do, and no step of the schedule
         if plan.idle:
             self._awaken(plan, grads)
         if self._run is not ops.run_native:
@@ -393,9 +396,12 @@ class FusedOptimizer(Optimizer):
         else:
             run(Verb.MEASURE, *arguments)
             dist.all_reduce(controller.sums, group=self._process_group)
+            last_move = controller.control[Control.LAST_MOVE_SQ].clone()
             run(Verb.DECIDE | Verb.APPLY, *arguments)
-            move = controller.control[Control.LAST_MOVE_SQ : Control.LAST_MOVE_SQ + 1]
+            move = controller.sums[Sum.MOVE_SQ].clone()
             dist.all_reduce(move, group=self._process_group)
+            skipped = controller.control[Control.SKIP] != 0
+            controller.control[Control.LAST_MOVE_SQ] = torch.where(skipped, last_move, move)
         if there is not None:
             for p, point in before:
                 self.state[p]["prev_param"] = point

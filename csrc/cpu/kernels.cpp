@@ -89,7 +89,7 @@ void parallel(int64_t count, int64_t elements, const F& f) {
   torch_parallel_for(0, threads, 1, call, &worker);
 }
 
-// A skipped step measures nothing: its history says NaN.
+// A skipped step measures nothing: its statistics are NaN.
 void skip(const Job& job) {
   std::fill_n(job.control + kSumsAt, int(kSums), NAN);
 }
