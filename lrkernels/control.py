@@ -180,9 +180,7 @@ class Controller:
             self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device)
 
     def observe(self, value: float | Tensor) -> None:
-        """Take volsched's signal for the coming step."""
-        if not isinstance(self.closed_loop, VolSchedule):
-            raise ValueError("lrkernels: observe() is for schedules.volsched, which this optimizer does not have")
+        """Take volsched's signal for the coming step; other schedules leave it aside."""
         self._signal_given = True
         if isinstance(value, Tensor):
             self.control[Control.SIGNAL].copy_(value.detach().reshape(()), non_blocking=True)

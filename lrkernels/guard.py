@@ -98,7 +98,7 @@ class _Snapshot:
 class Guard:
     """Watch a run that nobody watches: warn, go back to the last good point at a lower rate, or stop.
 
-    One call a step, after the optimizer's::
+    One call a step, right after the optimizer's and before that of a scheduler, which sets the next rate::
 
         guard = lrk.Guard(optimizer, model)
         for batch in loader:
@@ -108,7 +108,7 @@ class Guard:
             guard.step(loss)
             optimizer.zero_grad()
 
-    A step notes loss, gradient norm and rate on the device, and nothing waits. Every ``check_every`` steps one copy
+    A step notes loss, gradient norm and rate where they are, and nothing waits. Every ``check_every`` steps one copy
     brings them to the host, and the guard
 
     - goes back when the run has diverged: at a loss that is not finite, or after ``patience`` losses in a row above
@@ -121,7 +121,7 @@ class Guard:
     - takes a snapshot, if the last one is ``snapshot_every`` steps old and these steps were good. The old one stays
       until the new one has proved itself: the steps after it were good too. The first is taken when the guard is made.
 
-    The norm and the rate are those of ``optimizer.stats``; without it the rate is ``group["lr"]`` and there is no norm.
+    Norm and rate are those of ``optimizer.stats`` where it has them, else there is no norm, and ``group["lr"]``.
     ``optimizer.history()`` of a fused optimizer starts anew at a rollback, ``history()`` of the guard goes on. With
     several processes give each the same loss, the mean over them all: they must decide alike.
 
@@ -183,8 +183,7 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=memory)
         self._far = 0  # losses in a row far above the median
         self._rows: deque[list[float]] = deque(maxlen=history_size)
-        self._ring: Tensor | None = None
-        self._noted = 0
+        self._noted: list[list[float | Tensor]] = []  # the steps since the last look
         self._good = self._snapshot()  # to go back to
         self._next: _Snapshot | None = None  # and from when the next steps have been good too
 
@@ -203,21 +202,12 @@ class Guard:
             RuntimeError: If it has diverged once more after ``max_rollbacks``; parameters and state are good.
         """
         stats = getattr(self.optimizer, "stats", None)
-        known = stats if isinstance(stats, Mapping) else {}
-        lr = known.get("lr")
-        values = (loss, known.get("grad_norm"), self.optimizer.param_groups[0]["lr"] if lr is None else lr)
-        if self._ring is None:
-            devices = [x.device for x in (*values, self._good.params[0][0]) if isinstance(x, Tensor)]
-            device = next((device for device in devices if device.type != "cpu"), None)
-            self._ring = torch.full((self.check_every, len(COLUMNS)), math.nan, dtype=torch.float64, device=device)
-        for cell, value in zip(self._ring[self._noted], values, strict=True):
-            if isinstance(value, Tensor):
-                cell.copy_(value.detach().reshape(()), non_blocking=True)
-            elif value is not None:
-                cell.fill_(value)
-        self._noted += 1
+        norm, lr = (stats.get("grad_norm"), stats.get("lr")) if isinstance(stats, Mapping) else (None, None)
+        row = (loss, math.nan if norm is None else norm, self.optimizer.param_groups[0]["lr"] if lr is None else lr)
+        # copies: a captured graph writes every loss to the same tensor
+        self._noted.append([x.detach().clone() if isinstance(x, Tensor) else x for x in row])
         self.steps += 1
-        return self._noted == self.check_every and self.check()
+        return len(self._noted) == self.check_every and self.check()
 
     def check(self) -> bool:
         """Look at the steps since the last look: ``step`` calls it; so may you, before you save a checkpoint.
@@ -229,7 +219,7 @@ class Guard:
             RuntimeError: As ``step``.
         """
         rows = self._unread()
-        self._noted = 0
+        self._noted.clear()
         self._rows.extend([*row, 0.0] for row in rows)
         losses, norms, rates = np.array(rows).reshape(-1, len(COLUMNS)).T
         if reason := self._divergence(losses):
@@ -246,7 +236,10 @@ class Guard:
         return False
 
     def _unread(self) -> list[list[float]]:
-        return [] if self._ring is None else self._ring[: self._noted].tolist()
+        tensors = [x for row in self._noted for x in row if isinstance(x, Tensor)]
+        device = max((x.device for x in tensors), key=lambda device: device.type != "cpu", default=None)
+        values = iter(torch.stack([x.to(device).reshape(()) for x in tensors]).tolist() if tensors else ())
+        return [[next(values) if isinstance(x, Tensor) else float(x) for x in row] for row in self._noted]
 
     def history(self) -> dict[str, NDArray[Any]]:
         """Return ``loss``, ``grad_norm``, ``lr`` and ``rollback``, whether the run went back after the step, as arrays.
@@ -261,11 +254,11 @@ class Guard:
 
     def _divergence(self, losses: Iterable[float]) -> str | None:
         """Return why the run has diverged, or None; good losses go to memory."""
+        limit = math.inf
         for loss in losses:
             if not math.isfinite(loss):
                 return f"the loss is {loss}"
-            limit = math.inf
-            if len(self._losses) >= self.patience:
+            if limit == math.inf and len(self._losses) >= self.patience:
                 m = float(np.median(self._losses))
                 limit = m + self.threshold * max(abs(m), max(self._losses) - m)
             if loss <= limit:

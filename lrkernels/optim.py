@@ -43,6 +43,7 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_process_group",
     "_backend",
 )
+_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -108,7 +109,7 @@ class FusedOptimizer(Optimizer):
     _rule: ClassVar[Rule]
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
-    _own_hyper: ClassVar[tuple[str, ...]]  # what tells this rule's groups from another's
+    _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
@@ -153,6 +154,7 @@ class FusedOptimizer(Optimizer):
         self._keys: Any = None
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
 
@@ -195,19 +197,26 @@ class FusedOptimizer(Optimizer):
     def _refresh_hyper(self, plan: _Plan) -> None:
         """Bring the device's rates and the host's rows up to date with ``param_groups``."""
         rates = [group["lr"] for group in self.param_groups]
-        floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
-        rows = [[*self._hyper(group), group["differentiable"]] for group in self.param_groups]
-        if self._seen != (floats, rows):
+        seen = [
+            [id(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], group["differentiable"]]
+            + [group[name] for name in self._hyper_names]
+            for group in self.param_groups
+        ]
+        if self._seen != seen:
             for group in self.param_groups:
                 self._check_group(group)
-            self._hyper_rows = torch.tensor([row[:HYPERS] for row in rows], dtype=torch.float64)
+            floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
+            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
+            rows = [self._hyper(group) for group in self.param_groups]
+            self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
             keys = [self._state_keys(group) for group in self.param_groups]
             if keys != self._keys:  # momentum or amsgrad was switched on
                 self._keys = keys
                 for i in set(range(len(plan.params))) - set(plan.idle):
                     self._fill_state(plan, i)
-            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
-            self._seen = (floats, rows)
+            first = self.param_groups[0]
+            self._controller.start_at(first.get("initial_lr", first["lr"]))
+            self._seen = seen
         for i, rate in enumerate(rates):
             if isinstance(rate, Tensor):
                 self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
@@ -221,9 +230,6 @@ class FusedOptimizer(Optimizer):
             self._run = ops.backend_for(plan.device, self._backend)
             self._controller.to(plan.device)
             self._seen = None
-        if self.param_groups:
-            first = self.param_groups[0]
-            self._controller.start_at(first.get("initial_lr", first["lr"]))
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -248,10 +254,15 @@ class FusedOptimizer(Optimizer):
         if self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, prev._version)
-        elif self._keeps_prev() and state.get("prev_grad") is None:
-            dtype = torch.bfloat16 if self._prev_grad == "bfloat16" else (p if p.grad is None else p.grad).dtype
-            state["prev_grad"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            counts[Count.HAS_PREV] = 0.0
+        elif self._keeps_prev():
+            prev = state.get("prev_grad")
+            half = self._prev_grad == "bfloat16"
+            if prev is None:
+                dtype = torch.bfloat16 if half else (p if p.grad is None else p.grad).dtype
+                state["prev_grad"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                counts[Count.HAS_PREV] = 0.0
+            elif half or prev.dtype == torch.bfloat16:  # a checkpoint may have kept it in the other way
+                state["prev_grad"] = prev.to(torch.bfloat16 if half else p.dtype)
         self._counts[p] = counts
         self._show_updates(state, counts[Count.UPDATES])
         plan.states[i] = state
@@ -424,20 +435,25 @@ class FusedOptimizer(Optimizer):
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
-        kept = [self._kept.get(p) for p in plan.params]
-        for pair, p in zip(kept, plan.params, strict=True):
-            if pair is not None and pair[0]._version != pair[1]:
-                raise RuntimeError(
-                    f"lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
-                    f"{tuple(p.shape)} was changed in place since; call zero_grad(set_to_none=True), which lets go of "
-                    "it, or use prev_grad='store'"
-                )
-        return [pair and pair[0] for pair in kept]
+        changed = [p for p, (grad, version) in self._kept.items() if grad._version != version]
+        for p in self._told.intersection(changed):  # said once: it goes on without them
+            del self._kept[p]
+        new = [p for p in changed if p in self._kept]
+        self._told = set(new)
+        if new:
+            raise RuntimeError(
+                "lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
+                f"{tuple(new[0].shape)} was changed in place since, so it is lost; call "
+                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store'"
+            )
+        return [self._kept[p][0] if p in self._kept else None for p in plan.params]
 
     # -- what a user sees ---------------------------------------------------------------------------------------------
 
     def observe(self, value: float | Tensor) -> None:
         """Give ``volsched`` its signal for the coming step, such as the batch's accuracy; nothing waits.
+
+        Other schedules leave it aside.
 
         Args:
             value: a float, or a tensor of one element on any device. One that is not finite is left out.
@@ -537,10 +553,14 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", "weight_decay", *self._own_hyper) if key not in saved_group]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
+        _check(
+            all(isinstance(key, int) for key in ids) and len(set(ids)) == len(ids),
+            "the checkpoint's groups do not number their parameters",
+        )
         saved = {i: state[key] for i, key in enumerate(ids) if key in state}
         known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param"}
         for i, entry in saved.items():
@@ -550,8 +570,19 @@ class FusedOptimizer(Optimizer):
             absent = [key for key in self._required if entry and entry.get(key) is None]
             _check(not absent, f"the checkpoint's state of parameter {i} lacks {absent}")
             for key, value in entry.items():
-                if key == "step" or value is None:
+                if value is None:
                     continue
+                if key == "step":
+                    count = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+                    _check(
+                        count and 0.0 <= float(value) < math.inf,
+                        f"the checkpoint's step of parameter {i} is {value!r}, not a count",
+                    )
+                    continue
+                _check(
+                    not isinstance(value, Tensor) or value.is_floating_point(),
+                    f"the checkpoint's {key} of parameter {i} is not of a floating-point dtype",
+                )
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 _check(
                     shape == tuple(flat[i].shape),
@@ -575,6 +606,7 @@ class FusedOptimizer(Optimizer):
         if "_kept" in state:  # copies of tensors count their versions from 0
             self._kept = {p: (grad, grad._version) for p, (grad, _) in self._kept.items()}
         self._plan = self._run = self._seen = self._keys = None
+        self._told = set()
 
 
 class FusedSGD(FusedOptimizer):
@@ -601,7 +633,15 @@ class FusedSGD(FusedOptimizer):
 
     _rule = Rule.SGD
     _states = ("momentum_buffer", None, None)
-    _own_hyper = ("momentum", "dampening", "nesterov")
+    _hyper_names = (
+        "weight_decay",
+        "maximize",
+        "momentum",
+        "dampening",
+        "nesterov",
+        "decoupled_weight_decay",
+        "zero_init_momentum",
+    )
 
     def __init__(
         self,
@@ -646,15 +686,16 @@ class FusedSGD(FusedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         _check_finite(group, "momentum")
-        _check(math.isfinite(group["dampening"]), f"dampening must be finite, got {group['dampening']}")
+        dampening = group["dampening"]
+        finite = isinstance(dampening, numbers.Real) and math.isfinite(dampening)
+        _check(finite, f"dampening must be finite, got {dampening!r}")
         _check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
         )
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
-        names = ("weight_decay", "maximize", "momentum", "dampening", "nesterov", "decoupled_weight_decay")
-        return [float(group[name]) for name in (*names, "zero_init_momentum")]
+        return [float(group[name]) for name in self._hyper_names]
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
@@ -686,7 +727,7 @@ class FusedAdamW(FusedOptimizer):
     _rule = Rule.ADAMW
     _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _required = ("step", "exp_avg", "exp_avg_sq")
-    _own_hyper = ("betas", "eps", "amsgrad")
+    _hyper_names = ("weight_decay", "maximize", "betas", "eps", "amsgrad")
 
     def __init__(
         self,
@@ -730,8 +771,12 @@ class FusedAdamW(FusedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         _check_finite(group, "eps")
-        for i, beta in enumerate(group["betas"]):
-            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
+        betas = group["betas"]
+        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        for i, beta in enumerate(betas):
+            _check(
+                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
+            )
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]
