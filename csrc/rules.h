@@ -179,14 +179,14 @@ struct AdamWStep {
 // The direction of AdamW's last update, from the moments it left behind: m_hat / (sqrt(v_hat) + eps).
 template <class T>
 struct AdamWDirection {
-  T bias1, bias2_sqrt, eps;
+  T unbias1, unbias2_sqrt, eps;  // factors, since nothing but a statistic hangs on their last bit
 
   LRK_RULE AdamWDirection(const double* hyper, float updates)
-      : bias1(T(1.0 - ::pow(hyper[kBeta1], double(updates)))),
-        bias2_sqrt(T(::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates))))),
+      : unbias1(T(1.0 / (1.0 - ::pow(hyper[kBeta1], double(updates))))),
+        unbias2_sqrt(T(1.0 / ::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates))))),
         eps(T(hyper[kEps])) {}
 
-  LRK_RULE T operator()(T exp_avg, T second) const { return (exp_avg / bias1) / (sqrt(second) / bias2_sqrt + eps); }
+  LRK_RULE T operator()(T exp_avg, T second) const { return (exp_avg * unbias1) / (sqrt(second) * unbias2_sqrt + eps); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

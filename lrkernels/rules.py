@@ -95,9 +95,9 @@ def adamw_step(
 def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: list[float], updates: Tensor) -> Tensor:
     """Return the direction of AdamW's last update, m_hat / (sqrt(v_hat) + eps); zero before the first one."""
     step = updates.double()
-    bias1 = (1.0 - hyper[Hyper.BETA1] ** step).to(exp_avg.dtype)
-    bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt().to(exp_avg.dtype)
-    direction = (exp_avg / bias1) / (sqrt(second) / bias2_sqrt + hyper[Hyper.EPS])
+    unbias1 = (1.0 / (1.0 - hyper[Hyper.BETA1] ** step)).to(exp_avg.dtype)
+    unbias2_sqrt = (1.0 / (1.0 - hyper[Hyper.BETA2] ** step).sqrt()).to(exp_avg.dtype)
+    direction = (exp_avg * unbias1) / (sqrt(second) * unbias2_sqrt + hyper[Hyper.EPS])
     return torch.where(updates > 0, direction, torch.zeros_like(direction))
 
 

@@ -197,6 +197,14 @@ LRK_RULE void apply(const AdamWStep<T>& rule, T* param, const T* grad, T scale, 
   for (int i = 0; i < kBlock; ++i) rule(param[i], grad[i] * scale, exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i]);
 }
 
+// The direction of AdamW's last update, for a tile.
+template <class T>
+void point(const AdamWDirection<T>& moved, const T* exp_avg, const T* second, int size, T* direction) {
+  const AdamWDirection<T> rule = moved;
+#pragma GCC ivdep
+  for (int i = 0; i < size; ++i) direction[i] = rule(exp_avg[i], second[i]);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles and chunks
 
@@ -286,7 +294,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     } else if (directed && row.counts[kUpdates] > 0) {
       const AdamWDirection<T> moved(hyper, row.counts[kUpdates]);
       const T* second = hyper[kAmsgrad] != 0 ? tile.states[2] : tile.states[1];
-      for (int i = 0; i < tile.size; ++i) scratch[2][i] = moved(tile.states[0][i], second[i]);
+      point(moved, tile.states[0], second, tile.size, scratch[2]);
       tile.direction = scratch[2];
     }
     if (!applying) {

@@ -473,8 +473,8 @@ class ReferenceAdamW(Reference, torch.optim.AdamW):
             return None
         (beta1, beta2), t = group["betas"], float(state["step"])
         m, v = wide(state["exp_avg"]), wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
-        denom = root(v) / scalar(math.sqrt(1 - beta2**t), v) + group["eps"]
-        return (m / scalar(1 - beta1**t, m)) / denom
+        denom = root(v) * scalar(1 / math.sqrt(1 - beta2**t), v) + group["eps"]
+        return (m * scalar(1 / (1 - beta1**t), m)) / denom
 
     def _gala_terms(self, sums: Sums) -> tuple[float, float]:
         return sums.gd, sums.dd
