@@ -98,21 +98,9 @@ class VolSchedLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def _make_rule(self) -> VolSched:
-        s = self.closed_loop
-        rule = VolSched(
-            float(self.base_lrs[0]),
-            s.total_steps,
-            s.window,
-            s.sensitivity,
-            s.min_lr,
-            s.max_lr,
-            s.warmup_steps,
-            s.warmup_start,
-            s.capacity,
-            s.decay if callable(s.decay) else None,
-        )
+        rule = VolSched.from_settings(float(self.base_lrs[0]), self.closed_loop)
         rule.t = self.last_epoch + 1
-        if rule.t > s.warmup_steps:
+        if rule.t > self.closed_loop.warmup_steps:
             rule.level = float(self.optimizer.param_groups[0]["lr"])
         return rule
 

@@ -326,18 +326,7 @@ class Reference(torch.optim.Optimizer):
         if isinstance(s, GalaSchedule):
             return Gala(lr_0, s.delta, s.min_lr, s.max_lr)
         if isinstance(s, VolSchedule):
-            return VolSched(
-                lr_0,
-                s.total_steps,
-                s.window,
-                s.sensitivity,
-                s.min_lr,
-                s.max_lr,
-                s.warmup_steps,
-                s.warmup_start,
-                s.capacity,
-                s.decay if callable(s.decay) else None,
-            )
+            return VolSched.from_settings(lr_0, s)
         return None
 
     # Checkpoints: torch's own, and one entry beside it that torch's optimizers ignore

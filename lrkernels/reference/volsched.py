@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..closed_loop import VolSchedule
+
 __all__ = ["VolSched", "cosine_decay", "decay_ratio", "volsched_multiplier"]
 
 
@@ -78,6 +80,22 @@ class VolSched:
     t: int = field(default=0, init=False)
     level: float = field(default=0.0, init=False)  # the rate, warm-up apart
     signal: list[float] = field(default_factory=list, init=False)
+
+    @classmethod
+    def from_settings(cls, lr_0: float, s: VolSchedule) -> VolSched:
+        """Make the rule that ``schedules.volsched`` describes, starting at ``lr_0``."""
+        return cls(
+            lr_0,
+            s.total_steps,
+            s.window,
+            s.sensitivity,
+            s.min_lr,
+            s.max_lr,
+            s.warmup_steps,
+            s.warmup_start,
+            s.capacity,
+            s.decay if callable(s.decay) else None,
+        )
 
     def __post_init__(self) -> None:
         self.level = self.lr_0
