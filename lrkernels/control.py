@@ -71,8 +71,8 @@ def settings_row(closed_loop: ClosedLoop | None, max_grad_norm: float | None) ->
             values[Setting.CLOSED_LOOP], values[Setting.DELTA] = ClosedLoopKind.GALA, delta
         case VolSchedule() as vol:
             values[Setting.CLOSED_LOOP] = ClosedLoopKind.VOL_SCHED
-            values[Setting.TOTAL_STEPS], values[Setting.WINDOW] = vol.total_steps, vol.window
-            values[Setting.SENSITIVITY], values[Setting.CAPACITY] = vol.sensitivity, vol.capacity
+            values[Setting.WINDOW], values[Setting.CAPACITY] = vol.window, vol.capacity
+            values[Setting.SENSITIVITY] = vol.sensitivity
             values[Setting.WARMUP_STEPS], values[Setting.WARMUP_START] = vol.warmup_steps, vol.warmup_start
     return torch.tensor([values[slot] for slot in Setting], dtype=torch.float64)
 
@@ -108,7 +108,7 @@ class Controller:
         start = loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
         control = torch.zeros(size, dtype=torch.float64)
         control[Control.FACTOR] = control[Control.NEXT_FACTOR] = start
-        control[Control.CLIP] = 1.0
+        control[Control.CLIP] = control[Control.LENGTH] = 1.0
         control[STATS_AT + 1 : SUMS_AT - 1] = math.nan  # all but the two counts, step and skipped
         control[Control.SIGNAL] = control[Control.FIRST_LR] = math.nan
         return control

@@ -388,6 +388,7 @@ class FusedOptimizer(Optimizer):
             plan.params,
             grads,
             *((plan.states, key) if key else None for key in self._states),
+            None,
             prev_read,
             prev_write,
             plan.groups,
