@@ -1,0 +1,1046 @@
+// CUDA's measure, decide, apply: a whole step in one launch.
+//
+// Blocks take tickets from a counter, a chunk of some parameter each, until there are none left. In one pass a chunk is
+// measured and updated together, and the block that leaves last decides. In two passes the first tickets measure and
+// the others apply; the block that measures the last chunk decides, and a block with a ticket to apply waits for that.
+// Every ticket to measure is then held by a block that runs already and waits for nobody, so the wait ends whatever the
+// size of the grid and whoever else is on the device; the blocks need not all be there at once.
+//
+// No torch header, and no launch by <<<>>>: with other definitions of cuda_runtime.h, this file is plain C++.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "../halves.h"
+#include "../kernels.h"
+
+#define LRK_DEVICE __device__ __forceinline__
+#define LRK_ALONE __device__ __attribute__((noinline))  // what one thread does for its block: compiled once, called
+
+namespace lrk::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kMaxDevices = 64;
+
+// A chunk is 8192 elements, and twice as many as often as it takes for there to be no more than 8192 chunks (and one
+// for each row): few enough that one block adds up their sums at once.
+constexpr int kChunkBits = 13;
+constexpr int64_t kManyChunks = 8192;
+
+// Which dtypes the rows have: the fewer, the less a kernel has to ask.
+enum Kind {
+  kFloats,    // float32 alone
+  kHalves,    // float32, bfloat16, float16, in any mixture
+  kAnything,  // float64 somewhere
+  kKinds
+};
+
+// What is measured, so that a plain step carries no registers for it.
+enum Level {
+  kPlain,    // nothing
+  kWatched,  // norms and the direction
+  kFull,     // the previous gradient and the move too
+  kLevels
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the host tells the kernel
+
+// A row as the kernel wants it.
+struct Packed {
+  void* param;
+  const void* grad;
+  void* states[kStates];
+  void* master;
+  void* prev;
+  float* counts;
+  int64_t numel;
+  int32_t group, index;
+  Dtype param_dtype, grad_dtype, state_dtype, prev_dtype;
+  bool read_prev, write_prev;
+  int8_t head;  // elements before the first that is aligned in every tensor; -1: there is none
+  int8_t unused;
+};
+static_assert(sizeof(Packed) % sizeof(uint64_t) == 0);
+
+// In device memory, all zero between launches. The last block to leave makes it so: nobody else is there by then, and
+// the next launch on the stream starts after this one. So a captured launch can be replayed, and the host never has to.
+struct Counters {
+  unsigned long long tickets;   // taken
+  unsigned long long measured;  // chunks
+  unsigned int left;            // blocks that are done
+  alignas(128) unsigned int decided;
+};
+constexpr int64_t kCounterBytes = 256;
+static_assert(sizeof(Counters) <= kCounterBytes);
+
+struct Header {
+  Counters* counters;
+  double* partials;       // a row of chunks for each sum
+  const uint64_t* there;  // the list, in device memory; null: it is in the argument
+  double* control;
+  const double* lr;
+  const double* table;
+  const double* decay;
+  double* history;
+  const float* found_inf;
+  const float* grad_scale;
+  int64_t table_size, decay_size, history_size;
+  int64_t measured_chunks, measure_tickets, tickets;
+  int32_t chunks, rows, chunk_bits, measure, verbs;
+  double settings[kSettings];
+};
+
+// The list: the first chunk of each row (int32), the rows (Packed), the rows of hyper-parameters (double).
+constexpr int64_t kRowWords = sizeof(Packed) / 8;
+LRK_RULE int64_t rows_at(int64_t rows) {
+  return (rows + 1) / 2;
+}
+LRK_RULE int64_t hypers_at(int64_t rows) {
+  return rows_at(rows) + rows * kRowWords;
+}
+
+#if CUDART_VERSION >= 12010
+constexpr int64_t kArgumentBytes = 32764;
+#else
+constexpr int64_t kArgumentBytes = 4096;
+#endif
+constexpr int64_t kListWords = (kArgumentBytes - int64_t(sizeof(Header))) / 8;
+
+struct Arguments : Header {
+  uint64_t here[kListWords];
+};
+static_assert(sizeof(Arguments) <= kArgumentBytes);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory
+
+LRK_DEVICE unsigned int load_acquire(const unsigned int* p) {
+#if defined(__CUDA_ARCH__)
+  unsigned int x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+#else
+  const unsigned int x = *static_cast<const volatile unsigned int*>(p);
+  __threadfence();
+#endif
+  return x;
+}
+
+LRK_DEVICE void store_release(unsigned int* p, unsigned int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#else
+  __threadfence();
+  *static_cast<volatile unsigned int*>(p) = x;
+#endif
+}
+
+// What other blocks have written in this launch: past this multiprocessor's own cache.
+LRK_DEVICE double load_fresh(const double* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(p);
+#else
+  return *static_cast<const volatile double*>(p);
+#endif
+}
+
+// How long what is loaded or stored should stay in the cache.
+enum Stay { kUseful, kDone };
+
+template <int kBytes>
+struct Word;
+#if defined(__CUDA_ARCH__)
+#define LRK_WORD(bytes, type) \
+  template <>                 \
+  struct Word<bytes> {        \
+    type x;                   \
+  };
+LRK_WORD(2, unsigned short)
+LRK_WORD(4, unsigned int)
+LRK_WORD(8, uint2)
+LRK_WORD(16, uint4)
+#undef LRK_WORD
+#else
+template <int kBytes>
+struct alignas(kBytes) __attribute__((may_alias)) Word {
+  unsigned char bytes[kBytes];
+};
+#endif
+
+template <int kBytes>
+LRK_DEVICE Word<kBytes> load_word(const char* p, Stay stay) {
+  const auto* from = reinterpret_cast<const Word<kBytes>*>(p);
+#if defined(__CUDA_ARCH__)
+  return {stay == kDone ? __ldcs(&from->x) : __ldcg(&from->x)};
+#else
+  (void)stay;
+  return *from;
+#endif
+}
+
+template <int kBytes>
+LRK_DEVICE void store_word(char* p, Word<kBytes> word, Stay stay) {
+  auto* to = reinterpret_cast<Word<kBytes>*>(p);
+#if defined(__CUDA_ARCH__)
+  if (stay == kDone)
+    __stcs(&to->x, word.x);
+  else
+    __stcg(&to->x, word.x);
+#else
+  (void)stay;
+  *to = word;
+#endif
+}
+
+// kBytes of one tensor, in registers: as many words of 16 bytes as there are, or one smaller word.
+template <int kBytes>
+LRK_DEVICE void load_bytes(const char* p, uint32_t* to, Stay stay) {
+  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+#pragma unroll
+  for (int i = 0; i < kBytes / kEach; ++i) {
+    const Word<kEach> word = load_word<kEach>(p + i * kEach, stay);
+    if constexpr (kEach < 4) to[0] = 0;
+    memcpy(to + i * 4, &word, kEach);
+  }
+}
+
+template <int kBytes>
+LRK_DEVICE void store_bytes(char* p, const uint32_t* from, Stay stay) {
+  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+#pragma unroll
+  for (int i = 0; i < kBytes / kEach; ++i) {
+    Word<kEach> word;
+    memcpy(&word, from + i * 4, kEach);
+    store_word<kEach>(p + i * kEach, word, stay);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// V neighbours of one tensor, as they are in memory. To load them is one thing and to convert them another, so that the
+// loads of all tensors are under way before the first is waited for.
+
+template <Kind kKind, int V>
+struct Raw {
+  uint32_t word[kKind == kFloats ? V : (kKind == kHalves ? V : 2 * V)];
+
+  LRK_DEVICE void load(const void* memory, Dtype dtype, int64_t index, Stay stay) {
+    const char* p = static_cast<const char*>(memory);
+    if (kKind == kFloats || dtype == kFloat32) return load_bytes<4 * V>(p + 4 * index, word, stay);
+    if constexpr (kKind == kAnything)
+      if (dtype == kFloat64) return load_bytes<8 * V>(p + 8 * index, word, stay);
+    if constexpr (kKind != kFloats) load_bytes<2 * V>(p + 2 * index, word, stay);
+  }
+
+  LRK_DEVICE void store(void* memory, Dtype dtype, int64_t index, Stay stay) const {
+    char* p = static_cast<char*>(memory);
+    if (kKind == kFloats || dtype == kFloat32) return store_bytes<4 * V>(p + 4 * index, word, stay);
+    if constexpr (kKind == kAnything)
+      if (dtype == kFloat64) return store_bytes<8 * V>(p + 8 * index, word, stay);
+    if constexpr (kKind != kFloats) store_bytes<2 * V>(p + 2 * index, word, stay);
+  }
+
+  template <class T>
+  LRK_DEVICE void get(Dtype dtype, T (&values)[V]) const {
+    if (kKind == kFloats || dtype == kFloat32) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = T(bits_to_float(word[i]));
+    } else if (kKind == kAnything && dtype == kFloat64) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        double value;
+        memcpy(&value, word + (kKind == kAnything ? 2 * i : 0), sizeof value);
+        values[i] = T(value);
+      }
+    } else {
+      const bool brain = dtype == kBFloat16;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const uint16_t half = uint16_t(word[i / 2] >> (16 * (i % 2)));
+        values[i] = T(brain ? from_bfloat16(half) : from_float16(half));
+      }
+    }
+  }
+
+  // round(value, i) makes 16 bits of element i.
+  template <class T, class F>
+  LRK_DEVICE void set_halves(const T (&values)[V], F round) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      word[i / 2] = round(float(values[i]), i);
+      if (i + 1 < V) word[i / 2] |= uint32_t(round(float(values[i + 1 < V ? i + 1 : i]), i + 1)) << 16;
+    }
+  }
+
+  template <class T>
+  LRK_DEVICE void set(Dtype dtype, const T (&values)[V]) {
+    if (kKind == kFloats || dtype == kFloat32) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) word[i] = float_to_bits(float(values[i]));
+    } else if (kKind == kAnything && dtype == kFloat64) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const double value = double(values[i]);
+        memcpy(word + (kKind == kAnything ? 2 * i : 0), &value, sizeof value);
+      }
+    } else if (dtype == kBFloat16) {
+      set_halves(values, [](float x, int) { return to_bfloat16(x); });
+    } else {
+      set_halves(values, [](float x, int) { return to_float16(x); });
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// MEASURE: sums in float64. Where float64 is quick, every product; elsewhere those of a few neighbours in float32 and
+// their sum in float64, unless they might leave float32's range.
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900 && __CUDA_ARCH__ != 1000
+constexpr bool kQuickFloat64 = false;
+#elif defined(LRK_SLOW_FLOAT64)
+constexpr bool kQuickFloat64 = false;
+#else
+constexpr bool kQuickFloat64 = true;
+#endif
+
+template <Level kLevel, class A, class T, int V>
+LRK_DEVICE void add_products(A (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V],
+                             bool has_prev, const T (&prev)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const A g = A(grad[i]);
+    sums[kGradSq] = fma(g, g, sums[kGradSq]);
+    sums[kGradAbs] += g < 0 ? -g : g;
+  }
+  if (directed) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A g = A(grad[i]), d = A(direction[i]);
+      sums[kDotDirection] = fma(g, d, sums[kDotDirection]);
+      sums[kDirectionSq] = fma(d, d, sums[kDirectionSq]);
+    }
+  }
+  if (kLevel == kFull && has_prev) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A g = A(grad[i]), q = A(prev[i]), difference = g - q;
+      sums[kDotPrev] = fma(g, q, sums[kDotPrev]);
+      sums[kPrevSq] = fma(q, q, sums[kPrevSq]);
+      sums[kDiffSq] = fma(difference, difference, sums[kDiffSq]);
+    }
+  }
+}
+
+template <Level kLevel, class T, int V>
+LRK_DEVICE void add(double (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V], bool has_prev,
+                    const T (&prev)[V]) {
+  if constexpr (kQuickFloat64 || sizeof(T) == sizeof(double)) {
+    add_products<kLevel>(sums, grad, directed, direction, has_prev, prev);
+  } else {
+    float few[kSums] = {};
+    add_products<kLevel>(few, grad, directed, direction, has_prev, prev);
+    const auto safe = [&](float square) {
+      return (square > 0x1p-80f && square < 0x1p80f) || (square == 0 && few[kGradAbs] == 0);
+    };
+    bool all = safe(few[kGradSq]) && (!directed || safe(few[kDirectionSq]));
+    if (kLevel == kFull && has_prev) all = all && safe(few[kPrevSq]) && safe(few[kDiffSq]);
+    if (all) {
+#pragma unroll
+      for (int k = 0; k < (kLevel == kFull ? kMoveSq : kDotPrev); ++k) sums[k] += double(few[k]);
+    } else {
+      add_products<kLevel>(sums, grad, directed, direction, has_prev, prev);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One chunk
+
+template <class T>
+struct NoDirection {
+  LRK_DEVICE NoDirection(const double*, float) {}
+};
+
+template <Rule kRule, class T>
+using StepOf = std::conditional_t<kRule == kSgd, SgdStep<T>, AdamWStep<T>>;
+template <Rule kRule, class T>
+using DirectionOf = std::conditional_t<kRule == kSgd, NoDirection<T>, AdamWDirection<T>>;
+
+// What one thread finds out about a chunk for the whole block.
+struct Piece {
+  Packed row;
+  int64_t begin, end;
+  double direction_sign;
+  uint32_t key;
+  bool measuring, directed, momentumless, has_prev, moving, at_random;
+};
+
+template <Rule kRule, class T>
+struct Task : Piece {
+  T unscale, scale;
+  StepOf<kRule, T> step;
+  DirectionOf<kRule, T> moved;
+};
+
+template <Rule kRule>
+struct Shared {
+  double control[kRingAt];
+  double multiplier, unscale;
+  unsigned long long ticket;
+  bool last, skip;
+  double sums[kWarps][kSums];
+  alignas(16) unsigned char task[sizeof(Task<kRule, double>)];
+};
+
+LRK_DEVICE uint64_t list_word(const Arguments& args, int64_t i) {
+  return args.there ? args.there[i] : args.here[i];
+}
+
+LRK_DEVICE int32_t first_chunk(const Arguments& args, int32_t row) {
+  return int32_t(uint32_t(list_word(args, row / 2) >> (32 * (row % 2))));
+}
+
+LRK_DEVICE Packed row_of(const Arguments& args, int32_t row) {
+  uint64_t word[kRowWords];
+#pragma unroll
+  for (int i = 0; i < kRowWords; ++i) word[i] = list_word(args, rows_at(args.rows) + int64_t(row) * kRowWords + i);
+  Packed found;
+  memcpy(&found, word, sizeof found);
+  return found;
+}
+
+LRK_DEVICE void hyper_of(const Arguments& args, int32_t group, double (&hyper)[kHypers]) {
+#pragma unroll
+  for (int i = 0; i < kHypers; ++i) {
+    const uint64_t word = list_word(args, hypers_at(args.rows) + int64_t(group) * kHypers + i);
+    memcpy(&hyper[i], &word, sizeof word);
+  }
+}
+
+LRK_ALONE void decide_alone(const Arguments& args, double* control, int rule, bool two_pass) {
+  double hyper[kHypers];
+  hyper_of(args, 0, hyper);
+  decide(control, args.settings, hyper, rule, two_pass);
+}
+
+LRK_ALONE void finish_alone(const Arguments& args, double* control) {
+  const double multiplier = at(args.table, args.table_size, control[kStep]);
+  finish(control, args.settings, args.decay, args.decay_size, args.history, args.history_size, args.lr[0], multiplier);
+}
+
+// The last row whose first chunk is not after this one; rows without elements have the same first chunk as the next.
+LRK_DEVICE int32_t row_with(const Arguments& args, int32_t chunk) {
+  int32_t low = 0, high = args.rows;
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    if (first_chunk(args, middle) <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <Rule kRule, class T>
+LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t at_row, int32_t chunk_in_row,
+                       bool measuring, bool applying) {
+  const Packed row = row_of(args, at_row);
+  double hyper[kHypers];
+  hyper_of(args, row.group, hyper);
+  const double* control = shared.control;
+  const float updates = row.counts[kUpdates];
+  const double lr = applying ? rate(args.lr[row.group], shared.multiplier, control, args.settings) : 0.0;
+  const double sign = hyper[kMaximize] != 0 ? -1.0 : 1.0;
+  const bool momentumless = kRule == kSgd && hyper[kMomentum] == 0;
+  const bool half = row.param_dtype == kBFloat16 || row.param_dtype == kFloat16;
+  const bool at_random = applying && half && !row.master && args.settings[kStochasticRounding] != 0;
+  const int64_t begin = int64_t(chunk_in_row) << args.chunk_bits, end = begin + (int64_t(1) << args.chunk_bits);
+  const bool has_prev = measuring && row.read_prev && row.counts[kHasPrev] != 0;
+  Piece piece{row, begin, end < row.numel ? end : row.numel};
+  piece.direction_sign = momentumless ? 1.0 : sign;  // a direction points uphill where one climbs; a gradient does not
+  piece.key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
+  piece.measuring = measuring;
+  piece.directed = measuring && (args.measure & kDirection) && (kRule == kSgd ? !momentumless || has_prev : updates > 0);
+  piece.momentumless = momentumless;
+  piece.has_prev = has_prev;
+  piece.moving = applying && (args.measure & kMove);
+  piece.at_random = at_random;
+  const StepOf<kRule, T> step(hyper, lr, control[kLength], updates);
+  const DirectionOf<kRule, T> moved(hyper, updates);
+  new (shared.task) Task<kRule, T>{piece, T(shared.unscale), T(sign * control[kClip]), step, moved};
+}
+
+// V neighbours U times over, at[0] ... at[U - 1], those that are there: load, measure, apply, store.
+template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, int V, int U, class T>
+LRK_DEVICE void run_elements(const Task<kRule, T>& task, const int64_t (&at)[U], const bool (&there)[U],
+                             double (&sums)[kSums]) {
+  using Words = Raw<kKind, V>;
+  constexpr int kOurStates = kRule == kSgd ? 1 : kStates;
+  const Packed& row = task.row;
+  const auto needs = [&](int k) {  // state k
+    if (!row.states[k] || kApply) return row.states[k] != nullptr;
+    if constexpr (kRule == kSgd) return task.directed && !task.momentumless;
+    else return task.directed && (k == 0 || k == (task.step.amsgrad ? 2 : 1));
+  };
+  void* const updated = kKind != kFloats && row.master ? row.master : row.param;
+  const Dtype updated_dtype = kKind != kFloats && row.master ? kFloat32 : row.param_dtype;
+  const Stay grad_stay = kApply ? kDone : kUseful;
+
+  Words grad_words[U], param_words[U], state_words[U][kOurStates], prev_words[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!there[u]) continue;
+    grad_words[u].load(row.grad, row.grad_dtype, at[u], grad_stay);
+    if (kApply) param_words[u].load(updated, updated_dtype, at[u], kUseful);
+#pragma unroll
+    for (int k = 0; k < kOurStates; ++k)
+      if (needs(k)) state_words[u][k].load(row.states[k], row.state_dtype, at[u], kApply ? kDone : kUseful);
+    if (kLevel == kFull && kMeasure && task.has_prev)
+      prev_words[u].load(row.prev, row.prev_dtype, at[u], kApply ? kDone : kUseful);
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!there[u]) continue;
+    T grad[V], states[kOurStates][V];
+    grad_words[u].get(row.grad_dtype, grad);
+#pragma unroll
+    for (int i = 0; i < V; ++i) grad[i] = grad[i] * task.unscale;
+#pragma unroll
+    for (int k = 0; k < kOurStates; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) states[k][i] = T(0);
+      if (needs(k)) state_words[u][k].get(row.state_dtype, states[k]);
+    }
+
+    if (kMeasure && task.measuring) {
+      T prev[V] = {}, direction[V] = {};
+      if (kLevel == kFull && task.has_prev) prev_words[u].get(row.prev_dtype, prev);
+      if (task.directed) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          if constexpr (kRule == kSgd)
+            direction[i] = kLevel == kFull && task.momentumless ? prev[i] : states[0][i];
+          else
+            direction[i] = task.moved(states[0][i], task.step.amsgrad ? states[2][i] : states[1][i]);
+        }
+      }
+      add<kLevel>(sums, grad, task.directed, direction, task.has_prev, prev);
+    }
+    if (!kApply) continue;
+
+    if (kLevel == kFull && row.write_prev) {
+      Words kept;
+      kept.set(row.prev_dtype, grad);
+      kept.store(row.prev, row.prev_dtype, at[u], kDone);
+    }
+    T param[V], before[V];
+    param_words[u].get(updated_dtype, param);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      before[i] = param[i];
+      if constexpr (kRule == kSgd)
+        task.step(param[i], grad[i] * task.scale, states[0][i]);
+      else
+        task.step(param[i], grad[i] * task.scale, states[0][i], states[1][i], states[2][i]);
+    }
+    Words result;
+    if (kKind != kFloats && task.at_random) {
+      const auto random = [&](int i) { return random_bits(task.key, uint64_t(at[u] + i)); };
+      if (row.param_dtype == kBFloat16)
+        result.set_halves(param, [&](float x, int i) { return to_bfloat16_at_random(x, random(i)); });
+      else
+        result.set_halves(param, [&](float x, int i) { return to_float16_at_random(x, random(i)); });
+    } else {
+      result.set(updated_dtype, param);
+    }
+    result.store(updated, updated_dtype, at[u], kUseful);
+    if (kLevel == kFull && task.moving) {
+      T after[V];  // as it is in memory now
+      result.get(updated_dtype, after);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const double moved = double(after[i]) - double(before[i]);
+        sums[kMoveSq] = fma(moved, moved, sums[kMoveSq]);
+      }
+    }
+    if (kKind != kFloats && row.master) {
+      result.set(row.param_dtype, param);
+      result.store(row.param, row.param_dtype, at[u], kUseful);
+    }
+#pragma unroll
+    for (int k = 0; k < kOurStates; ++k) {
+      if (!row.states[k]) continue;
+      Words words;
+      words.set(row.state_dtype, states[k]);
+      words.store(row.states[k], row.state_dtype, at[u], kDone);
+    }
+  }
+}
+
+// How many neighbours make up 16 bytes of the usual tensor, and how many times that a thread has under way.
+template <Kind kKind, class T>
+struct Width {
+  static constexpr int kVector = kKind == kHalves ? 8 : (sizeof(T) == 8 ? 2 : 4);
+  static constexpr int kTimes = kKind == kFloats ? 2 : 1;
+  static constexpr int kScalars = kKind == kAnything ? 1 : 4;
+};
+
+template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, class T>
+LRK_DEVICE void run_chunk(const Task<kRule, T>& task, double (&sums)[kSums]) {
+  constexpr int V = Width<kKind, T>::kVector, U = Width<kKind, T>::kTimes, S = Width<kKind, T>::kScalars;
+  const int64_t size = task.end - task.begin;
+  const int head = task.row.head;
+  const int64_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
+  const int64_t first = task.begin + head;
+  for (int64_t j = threadIdx.x; j < vectors; j += U * kThreads) {
+    int64_t at[U];
+    bool there[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      at[u] = first + (j + u * kThreads) * V;
+      there[u] = u == 0 || j + u * kThreads < vectors;
+    }
+    run_elements<kRule, kKind, kLevel, kMeasure, kApply, V, U>(task, at, there, sums);
+  }
+  // The elements before and after the vectors; all of them where the tensors are not aligned alike.
+  const int64_t before = vectors > 0 ? head : 0, scalars = size - vectors * V;
+  for (int64_t j = threadIdx.x; j < scalars; j += S * kThreads) {
+    int64_t at[S];
+    bool there[S];
+#pragma unroll
+    for (int u = 0; u < S; ++u) {
+      const int64_t i = j + u * kThreads;
+      at[u] = task.begin + (i < before ? i : i + vectors * V);
+      there[u] = i < scalars;
+    }
+    run_elements<kRule, kKind, kLevel, kMeasure, kApply, 1, S>(task, at, there, sums);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks
+
+// Which sums a kernel takes; the others stay out of registers and memory.
+template <Level kLevel>
+constexpr bool takes(int sum, bool measure, bool apply) {
+  return sum == kMoveSq ? apply && kLevel == kFull : measure && (kLevel == kFull || (kLevel == kWatched && sum < kDotPrev));
+}
+
+// The block's sum of each thread's `sums`, in a fixed order, to thread k < kSums for sum k.
+template <Rule kRule, Level kLevel, bool kMeasure, bool kApply>
+LRK_DEVICE double sum_of_block(Shared<kRule>& shared, double (&sums)[kSums]) {
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    if (!takes<kLevel>(k, kMeasure, kApply)) continue;
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sums[k] += __shfl_down_sync(0xffffffffu, sums[k], lanes);
+    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp][k] = sums[k];
+  }
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x < kSums && takes<kLevel>(int(threadIdx.x), kMeasure, kApply))
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp][threadIdx.x];
+  return sum;
+}
+
+// Adds up the chunks' partial sums, in their order, whichever block has made them.
+template <Rule kRule, Level kLevel, bool kMeasure, bool kApply>
+LRK_DEVICE void sum_of_chunks(const Arguments& args, Shared<kRule>& shared) {
+  double sums[kSums] = {};
+  for (int32_t chunk = int32_t(threadIdx.x); chunk < args.chunks; chunk += kThreads) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k)
+      if (takes<kLevel>(k, kMeasure, kApply)) sums[k] += load_fresh(args.partials + int64_t(k) * args.chunks + chunk);
+  }
+  const double sum = sum_of_block<kRule, kLevel, kMeasure, kApply>(shared, sums);
+  const bool ours = threadIdx.x == kMoveSq ? kApply : kMeasure;
+  if (threadIdx.x < kSums && ours) shared.control[kSumsAt + threadIdx.x] = sum;
+  __syncthreads();
+}
+
+template <Rule kRule>
+LRK_DEVICE void read_control(const Arguments& args, Shared<kRule>& shared) {
+  for (int i = int(threadIdx.x); i < kRingAt; i += kThreads) shared.control[i] = load_fresh(args.control + i);
+  __syncthreads();
+}
+
+template <Rule kRule>
+LRK_DEVICE void write_control(const Arguments& args, const Shared<kRule>& shared) {
+  for (int i = int(threadIdx.x); i < kRingAt; i += kThreads) args.control[i] = shared.control[i];
+  __syncthreads();
+}
+
+// A skipped step measures nothing: its statistics are NaN.
+template <Rule kRule>
+LRK_DEVICE void no_sums(Shared<kRule>& shared) {
+  if (threadIdx.x < kSums) shared.control[kSumsAt + threadIdx.x] = NAN;
+  __syncthreads();
+}
+
+// Runs the chunks of the tickets up to `limit`; `ahead`, of the first thread, is the ticket that comes next. How many.
+template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply>
+LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned long long& ahead,
+                                    unsigned long long limit) {
+  const auto chunk_of = [&](unsigned long long ticket) {  // -1: nothing to do
+    const bool work = !shared.skip && (!kMeasure || ticket < (unsigned long long)(args.measured_chunks));
+    return work ? int32_t(kMeasure ? ticket : limit - 1 - ticket) : -1;  // what was measured last is still in the cache
+  };
+  unsigned int done = 0;
+  for (;; ++done) {
+    if (threadIdx.x == 0) {
+      const unsigned long long ticket = shared.ticket = ahead;
+      if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1ull);  // under way while this chunk is worked on
+      const int32_t chunk = ticket < limit ? chunk_of(ticket) : -1;
+      if (chunk >= 0) {
+        const int32_t row = row_with(args, chunk), in_row = chunk - first_chunk(args, row);
+        const bool measuring = kMeasure && (!kApply || args.measure != 0);
+        if (kKind == kAnything && row_of(args, row).param_dtype == kFloat64)
+          prepare<kRule, double>(args, shared, row, in_row, measuring, kApply);
+        else
+          prepare<kRule, float>(args, shared, row, in_row, measuring, kApply);
+      }
+    }
+    __syncthreads();
+    const unsigned long long ticket = shared.ticket;
+    if (ticket >= limit) break;
+    const int32_t chunk = chunk_of(ticket);
+    if (chunk < 0) {
+      __syncthreads();
+      continue;
+    }
+    const Piece& piece = *reinterpret_cast<const Piece*>(shared.task);
+    double sums[kSums] = {};
+    if constexpr (kKind == kAnything) {
+      if (piece.row.param_dtype == kFloat64)
+        run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, double>&>(piece), sums);
+      else
+        run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, float>&>(piece), sums);
+    } else {
+      run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, float>&>(piece), sums);
+    }
+    if (kLevel == kPlain || (!kMeasure && kLevel == kWatched)) {
+      __syncthreads();
+      continue;
+    }
+    const double sign = piece.direction_sign;
+    const double sum = sum_of_block<kRule, kLevel, kMeasure, kApply>(shared, sums);
+    const auto k = int(threadIdx.x);
+    if (k < kSums && takes<kLevel>(k, kMeasure, kApply))
+      args.partials[int64_t(k) * args.chunks + chunk] = k == kDotDirection ? sign * sum : sum;
+  }
+  __syncthreads();
+  return done;
+}
+
+// Adds to a counter what this block has done, and makes it seen; whether that made up the whole.
+template <class Count>
+LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count whole) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared_last = done > 0 && atomicAdd(counter, done) + done == whole;
+  __syncthreads();
+  const bool last = shared_last;
+  if (last) __threadfence();
+  return last;
+}
+
+// Fewer registers for each thread, or more loads under way in each: as much as spills nothing.
+template <Rule kRule, Kind kKind, Level kLevel>
+constexpr int blocks_at_once() {
+  return kKind == kAnything ? 2 : (kRule == kAdamW && kKind == kHalves ? 2 : (kRule == kAdamW || kLevel == kFull ? 3 : 4));
+}
+
+template <Rule kRule, Kind kKind, Level kLevel, bool kTwoPass>
+__global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>())
+    run_step(const __grid_constant__ Arguments args) {
+  __shared__ Shared<kRule> shared;
+  Counters& counters = *args.counters;
+  unsigned long long ahead = threadIdx.x == 0 ? atomicAdd(&counters.tickets, 1ull) : 0ull;
+  const bool found_inf = args.found_inf && *args.found_inf != 0;
+  const bool applying = args.verbs & kApplyVerb;
+  if (threadIdx.x == 0) {
+    shared.unscale = args.grad_scale ? 1.0 / double(*args.grad_scale) : 1.0;
+    shared.skip = found_inf;
+  }
+
+  if (kTwoPass && args.measure_tickets > 0) {
+    if (threadIdx.x == 0) shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed
+    __syncthreads();
+    const auto tickets = (unsigned long long)(args.measure_tickets);
+    const unsigned long long done =
+        run_tickets<kRule, kKind, kLevel, true, false>(args, shared, ahead, tickets);
+    if (completes(shared.last, &counters.measured, done, tickets)) {
+      read_control(args, shared);
+      if (args.verbs & kMeasureVerb) {
+        if (threadIdx.x == 0) begin(shared.control, found_inf);
+        __syncthreads();
+        if (found_inf)
+          no_sums(shared);
+        else
+          sum_of_chunks<kRule, kLevel, true, false>(args, shared);
+      }
+      if (threadIdx.x == 0 && (args.verbs & kDecideVerb)) decide_alone(args, shared.control, kRule, true);
+      __syncthreads();
+      write_control(args, shared);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) store_release(&counters.decided, 1u);
+    }
+    if (threadIdx.x == 0 && ahead < (unsigned long long)(args.tickets)) {
+      while (load_acquire(&counters.decided) == 0) __nanosleep(100);
+    }
+    __syncthreads();
+  }
+
+  // A block that came too late to apply anything has not waited, and must not read what may be being decided.
+  if (applying && (!kTwoPass || args.measure_tickets == 0 || shared.ticket < (unsigned long long)(args.tickets))) {
+    read_control(args, shared);
+    if (threadIdx.x == 0) {
+      if (!kTwoPass) begin(shared.control, found_inf);
+      shared.skip = shared.control[kSkip] != 0;
+      shared.multiplier = at(args.table, args.table_size, shared.control[kStep]);
+    }
+    __syncthreads();
+    run_tickets<kRule, kKind, kLevel, !kTwoPass, true>(args, shared, ahead, (unsigned long long)(args.tickets));
+  }
+
+  if (!completes(shared.last, &counters.left, 1u, gridDim.x)) return;
+
+  // The last block: everything is done and seen.
+  if (applying) {
+    if (kTwoPass) read_control(args, shared);
+    const bool skipped = shared.control[kSkip] != 0;
+    if (skipped && !kTwoPass)
+      no_sums(shared);
+    else if (!skipped && !kTwoPass && args.measure != 0)
+      sum_of_chunks<kRule, kLevel, true, true>(args, shared);
+    else if (!skipped)
+      sum_of_chunks<kRule, kLevel, false, true>(args, shared);
+    const bool ring = args.settings[kClosedLoop] == kVolSched;  // which is not in shared memory
+    if (threadIdx.x == 0 && !kTwoPass && args.measure != 0) decide_alone(args, shared.control, kRule, false);
+    for (int32_t i = int32_t(threadIdx.x); i < args.rows && !skipped; i += kThreads) {
+      float* counts = row_of(args, i).counts;
+      counts[kUpdates] += 1;
+      counts[kHasPrev] = 1;
+    }
+    __syncthreads();
+    if (ring) write_control(args, shared);
+    if (threadIdx.x == 0) finish_alone(args, ring ? args.control : shared.control);
+    __syncthreads();
+    if (!ring) write_control(args, shared);
+  }
+  if (threadIdx.x == 0) {
+    counters.tickets = counters.measured = 0;
+    counters.left = counters.decided = 0;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The host's part
+
+using Kernel = void (*)(Arguments);
+
+struct Choice {
+  Kernel kernel;
+  int index;
+};
+
+constexpr int kKernels = 2 * kKinds * kLevels * 2;
+
+template <Rule kRule, Kind kKind, Level kLevel>
+Choice in_order(bool two_pass) {
+  constexpr int index = ((int(kRule) * kKinds + int(kKind)) * kLevels + int(kLevel)) * 2;
+  if constexpr (kLevel != kPlain)
+    if (two_pass) return {run_step<kRule, kKind, kLevel, true>, index + 1};
+  return {run_step<kRule, kKind, kLevel, false>, index};
+}
+
+template <Rule kRule, Kind kKind>
+Choice at_level(Level level, bool two_pass) {
+  if (kKind == kAnything || level == kFull) return in_order<kRule, kKind, kFull>(two_pass);
+  if constexpr (kKind != kAnything)
+    if (level == kPlain && !two_pass) return in_order<kRule, kKind, kPlain>(false);
+  return in_order<kRule, kKind, kKind == kAnything ? kFull : kWatched>(two_pass);
+}
+
+template <Rule kRule>
+Choice of_kind(Kind kind, Level level, bool two_pass) {
+  if (kind == kFloats) return at_level<kRule, kFloats>(level, two_pass);
+  if (kind == kHalves) return at_level<kRule, kHalves>(level, two_pass);
+  return at_level<kRule, kAnything>(level, two_pass);
+}
+
+Kind kind_of(const std::vector<Row>& rows) {
+  bool floats = true, wide = false;
+  const auto see = [&](const void* memory, Dtype dtype) {
+    if (!memory) return;
+    floats = floats && dtype == kFloat32;
+    wide = wide || dtype == kFloat64;
+  };
+  for (const Row& row : rows) {
+    if (row.numel == 0) continue;
+    see(row.param, row.param_dtype);
+    see(row.grad, row.grad_dtype);
+    for (const void* state : row.states) see(state, row.state_dtype);
+    see(row.prev_read, row.prev_dtype);
+    see(row.prev_write, row.prev_dtype);
+    floats = floats && !row.master;
+  }
+  return wide ? kAnything : (floats ? kFloats : kHalves);
+}
+
+Level level_of(const Job& job) {
+  bool previous = job.measure & (kPrevious | kMove);
+  for (const Row& row : job.rows) previous = previous || row.prev_read || row.prev_write;
+  return previous ? kFull : (job.measure ? kWatched : kPlain);
+}
+
+int64_t size_of(Dtype dtype) {
+  return dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2);
+}
+
+// How many elements come before the first whose neighbours all tensors have aligned; -1 where they never are.
+int8_t head_of(const Row& row, int vector) {
+  const struct {
+    const void* memory;
+    Dtype dtype;
+  } tensors[] = {{row.param, row.param_dtype},       {row.grad, row.grad_dtype},
+                 {row.states[0], row.state_dtype},   {row.states[1], row.state_dtype},
+                 {row.states[2], row.state_dtype},   {row.master, kFloat32},
+                 {row.prev_read, row.prev_dtype},    {row.prev_write, row.prev_dtype}};
+  for (int head = 0; head < vector; ++head) {
+    const auto aligned = [&](const auto& tensor) {
+      const int64_t size = size_of(tensor.dtype), width = std::min<int64_t>(16, size * vector);
+      return !tensor.memory || (int64_t(reinterpret_cast<uintptr_t>(tensor.memory)) + head * size) % width == 0;
+    };
+    if (std::all_of(std::begin(tensors), std::end(tensors), aligned)) return int8_t(head);
+  }
+  return -1;
+}
+
+int vector_of(Kind kind, const Row& row) {
+  if (kind == kFloats) return Width<kFloats, float>::kVector;
+  if (kind == kHalves) return Width<kHalves, float>::kVector;
+  return row.param_dtype == kFloat64 ? Width<kAnything, double>::kVector : Width<kAnything, float>::kVector;
+}
+
+int chunk_bits_of(const std::vector<Row>& rows) {
+  int64_t elements = 0;
+  int bits = kChunkBits;
+  for (const Row& row : rows) elements += row.numel;
+  while ((elements >> bits) > kManyChunks) ++bits;
+  return bits;
+}
+
+// Fills the list, and returns how many chunks there are.
+int64_t fill(const Job& job, Kind kind, int chunk_bits, int64_t groups, uint64_t* list) {
+  auto* first = reinterpret_cast<int32_t*>(list);
+  auto* packed = reinterpret_cast<Packed*>(list + rows_at(int64_t(job.rows.size())));
+  int64_t chunks = 0;
+  for (const Row& row : job.rows) {
+    Packed& to = *packed++;
+    to = Packed{};
+    to.param = row.param;
+    to.grad = row.grad;
+    std::copy_n(row.states, int(kStates), to.states);
+    to.master = row.master;
+    to.prev = row.prev_write ? row.prev_write : const_cast<void*>(row.prev_read);
+    to.counts = row.counts;
+    to.numel = row.numel;
+    to.group = row.group;
+    to.index = row.index;
+    to.param_dtype = row.param_dtype;
+    to.grad_dtype = row.grad_dtype;
+    to.state_dtype = row.state_dtype;
+    to.prev_dtype = row.prev_dtype;
+    to.read_prev = row.prev_read != nullptr;
+    to.write_prev = row.prev_write != nullptr;
+    to.head = head_of(row, vector_of(kind, row));
+    *first++ = int32_t(chunks);
+    chunks += (row.numel + (int64_t(1) << chunk_bits) - 1) >> chunk_bits;
+  }
+  memcpy(packed, job.hyper, size_t(groups) * kHypers * sizeof(double));
+  return chunks;
+}
+
+}  // namespace
+
+const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace) {
+  const bool one_pass = verbs == kStepVerbs && !job.two_pass;
+  const bool decides = !one_pass && (verbs & (kMeasureVerb | kDecideVerb));
+  const Kind kind = kind_of(job.rows);
+  const Level level = level_of(job);
+  Choice choice = job.rule == kSgd ? of_kind<kSgd>(kind, level, !one_pass) : of_kind<kAdamW>(kind, level, !one_pass);
+
+  Arguments args;
+  const int chunk_bits = chunk_bits_of(job.rows);
+  const auto rows = int64_t(job.rows.size());
+  const int64_t list_words = hypers_at(rows) + job.groups * kHypers;
+  int64_t chunks = 0;
+  for (const Row& row : job.rows) chunks += (row.numel + (int64_t(1) << chunk_bits) - 1) >> chunk_bits;
+  if (chunks > INT32_MAX / 2) return "more than a thousand million chunks";
+  const bool beyond = list_words > kListWords;
+  const int64_t memory_bytes = kCounterBytes + kSums * chunks * int64_t(sizeof(double));
+  const int64_t list_bytes = beyond ? list_words * 8 : 0;
+  if (workspace.memory_bytes < memory_bytes || workspace.list_bytes < list_bytes) {
+    workspace.memory_bytes = memory_bytes;
+    workspace.list_bytes = list_bytes;
+    workspace.memory = nullptr;
+    return nullptr;
+  }
+  fill(job, kind, chunk_bits, job.groups, beyond ? static_cast<uint64_t*>(workspace.pinned) : args.here);
+
+  auto* memory = static_cast<char*>(workspace.memory);
+  args.counters = reinterpret_cast<Counters*>(memory);
+  args.partials = reinterpret_cast<double*>(memory + kCounterBytes);
+  args.there = beyond ? static_cast<const uint64_t*>(workspace.list) : nullptr;
+  args.control = job.control;
+  args.lr = job.lr;
+  args.table = job.table;
+  args.decay = job.decay;
+  args.history = job.history;
+  args.found_inf = job.found_inf;
+  args.grad_scale = job.grad_scale;
+  args.table_size = job.table_size;
+  args.decay_size = job.decay_size;
+  args.history_size = job.history_size;
+  args.measured_chunks = verbs & kMeasureVerb ? chunks : 0;
+  args.measure_tickets = decides ? std::max<int64_t>(args.measured_chunks, 1) : 0;
+  args.tickets = args.measure_tickets + (verbs & kApplyVerb ? chunks : 0);
+  args.chunks = int32_t(chunks);
+  args.rows = int32_t(rows);
+  args.chunk_bits = chunk_bits;
+  args.measure = job.measure;
+  args.verbs = verbs;
+  std::copy_n(job.settings, int(kSettings), args.settings);
+
+  int previous = device;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+  static std::atomic<int> resident[kMaxDevices][kKernels];  // blocks of each kernel that a device runs at once
+  int blocks = device < kMaxDevices ? resident[device][choice.index].load() : 0;
+  if (error == cudaSuccess && blocks == 0) {
+    int each = 0, processors = 0;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, choice.kernel, kThreads, 0);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    blocks = std::max(1, each * processors);
+    if (device < kMaxDevices) resident[device][choice.index] = error == cudaSuccess ? blocks : 0;
+  }
+  auto* const queue = static_cast<cudaStream_t>(stream);
+  if (error == cudaSuccess && beyond)
+    error = cudaMemcpyAsync(workspace.list, workspace.pinned, size_t(list_bytes), cudaMemcpyHostToDevice, queue);
+  if (error == cudaSuccess) {
+    const auto grid = (unsigned int)(std::clamp<int64_t>(args.tickets, 1, blocks));
+    void* arguments[] = {&args};
+    error = cudaLaunchKernel(choice.kernel, dim3(grid), dim3(kThreads), arguments, 0, queue);
+  }
+  if (previous != device) cudaSetDevice(previous);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace lrk::cuda
