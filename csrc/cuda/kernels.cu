@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 #include <new>
 #include <type_traits>
@@ -153,72 +154,70 @@ LRK_DEVICE double load_fresh(const double* p) {
 // How long what is loaded or stored should stay in the cache.
 enum Stay { kUseful, kDone };
 
-template <int kBytes>
-struct Word;
 #if defined(__CUDA_ARCH__)
-#define LRK_WORD(bytes, type) \
-  template <>                 \
-  struct Word<bytes> {        \
-    type x;                   \
-  };
-LRK_WORD(2, unsigned short)
-LRK_WORD(4, unsigned int)
-LRK_WORD(8, uint2)
-LRK_WORD(16, uint4)
-#undef LRK_WORD
+template <class W>
+LRK_DEVICE W load_word(const char* p, Stay stay) {
+  const W* from = reinterpret_cast<const W*>(p);
+  return stay == kDone ? __ldcs(from) : __ldcg(from);
+}
+
+template <class W>
+LRK_DEVICE void store_word(char* p, W word, Stay stay) {
+  W* to = reinterpret_cast<W*>(p);
+  stay == kDone ? __stcs(to, word) : __stcg(to, word);
+}
 #else
 template <int kBytes>
-struct alignas(kBytes) __attribute__((may_alias)) Word {
+struct [[gnu::may_alias]] alignas(kBytes) Word {  // as strict about alignment as a GPU, where the compiler looks at it
   unsigned char bytes[kBytes];
 };
 #endif
 
-template <int kBytes>
-LRK_DEVICE Word<kBytes> load_word(const char* p, Stay stay) {
-  const auto* from = reinterpret_cast<const Word<kBytes>*>(p);
-#if defined(__CUDA_ARCH__)
-  return {stay == kDone ? __ldcs(&from->x) : __ldcg(&from->x)};
-#else
-  (void)stay;
-  return *from;
-#endif
-}
-
-template <int kBytes>
-LRK_DEVICE void store_word(char* p, Word<kBytes> word, Stay stay) {
-  auto* to = reinterpret_cast<Word<kBytes>*>(p);
-#if defined(__CUDA_ARCH__)
-  if (stay == kDone)
-    __stcs(&to->x, word.x);
-  else
-    __stcg(&to->x, word.x);
-#else
-  (void)stay;
-  *to = word;
-#endif
-}
-
-// kBytes of one tensor, in registers: as many words of 16 bytes as there are, or one smaller word.
+// kBytes of one tensor, in registers: as many times 16 bytes as there are, or less than that at once.
 template <int kBytes>
 LRK_DEVICE void load_bytes(const char* p, uint32_t* to, Stay stay) {
-  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes >= 16) {
 #pragma unroll
-  for (int i = 0; i < kBytes / kEach; ++i) {
-    const Word<kEach> word = load_word<kEach>(p + i * kEach, stay);
-    if constexpr (kEach < 4) to[0] = 0;
-    memcpy(to + i * 4, &word, kEach);
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 word = load_word<uint4>(p + 16 * i, stay);
+      to[4 * i] = word.x;
+      to[4 * i + 1] = word.y;
+      to[4 * i + 2] = word.z;
+      to[4 * i + 3] = word.w;
+    }
+  } else if constexpr (kBytes == 8) {
+    const uint2 word = load_word<uint2>(p, stay);
+    to[0] = word.x;
+    to[1] = word.y;
+  } else {
+    to[0] = load_word<std::conditional_t<kBytes == 4, unsigned int, unsigned short>>(p, stay);
   }
+#else
+  (void)stay;
+  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+  if (kEach < 4) to[0] = 0;
+  for (int i = 0; i < kBytes; i += kEach) memcpy(to + i / 4, reinterpret_cast<const Word<kEach>*>(p + i)->bytes, kEach);
+#endif
 }
 
 template <int kBytes>
 LRK_DEVICE void store_bytes(char* p, const uint32_t* from, Stay stay) {
-  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes >= 16) {
 #pragma unroll
-  for (int i = 0; i < kBytes / kEach; ++i) {
-    Word<kEach> word;
-    memcpy(&word, from + i * 4, kEach);
-    store_word<kEach>(p + i * kEach, word, stay);
+    for (int i = 0; i < kBytes / 16; ++i)
+      store_word(p + 16 * i, make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]), stay);
+  } else if constexpr (kBytes == 8) {
+    store_word(p, make_uint2(from[0], from[1]), stay);
+  } else {
+    store_word(p, std::conditional_t < kBytes == 4, unsigned int, unsigned short > (from[0]), stay);
   }
+#else
+  (void)stay;
+  constexpr int kEach = kBytes < 16 ? kBytes : 16;
+  for (int i = 0; i < kBytes; i += kEach) memcpy(reinterpret_cast<Word<kEach>*>(p + i)->bytes, from + i / 4, kEach);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -227,22 +226,23 @@ LRK_DEVICE void store_bytes(char* p, const uint32_t* from, Stay stay) {
 
 template <Kind kKind, int V>
 struct Raw {
-  uint32_t word[kKind == kFloats ? V : (kKind == kHalves ? V : 2 * V)];
+  static constexpr int kWords = kKind == kAnything ? 2 * V : V;
+  uint32_t word[kWords];
 
-  LRK_DEVICE void load(const void* memory, Dtype dtype, int64_t index, Stay stay) {
+  LRK_DEVICE void load(const void* memory, Dtype dtype, int32_t index, Stay stay) {
     const char* p = static_cast<const char*>(memory);
-    if (kKind == kFloats || dtype == kFloat32) return load_bytes<4 * V>(p + 4 * index, word, stay);
+    if (kKind == kFloats || dtype == kFloat32) return load_bytes<4 * V>(p + 4 * int64_t(index), word, stay);
     if constexpr (kKind == kAnything)
-      if (dtype == kFloat64) return load_bytes<8 * V>(p + 8 * index, word, stay);
-    if constexpr (kKind != kFloats) load_bytes<2 * V>(p + 2 * index, word, stay);
+      if (dtype == kFloat64) return load_bytes<8 * V>(p + 8 * int64_t(index), word, stay);
+    if constexpr (kKind != kFloats) load_bytes<2 * V>(p + 2 * int64_t(index), word, stay);
   }
 
-  LRK_DEVICE void store(void* memory, Dtype dtype, int64_t index, Stay stay) const {
+  LRK_DEVICE void store(void* memory, Dtype dtype, int32_t index, Stay stay) const {
     char* p = static_cast<char*>(memory);
-    if (kKind == kFloats || dtype == kFloat32) return store_bytes<4 * V>(p + 4 * index, word, stay);
+    if (kKind == kFloats || dtype == kFloat32) return store_bytes<4 * V>(p + 4 * int64_t(index), word, stay);
     if constexpr (kKind == kAnything)
-      if (dtype == kFloat64) return store_bytes<8 * V>(p + 8 * index, word, stay);
-    if constexpr (kKind != kFloats) store_bytes<2 * V>(p + 2 * index, word, stay);
+      if (dtype == kFloat64) return store_bytes<8 * V>(p + 8 * int64_t(index), word, stay);
+    if constexpr (kKind != kFloats) store_bytes<2 * V>(p + 2 * int64_t(index), word, stay);
   }
 
   template <class T>
@@ -253,8 +253,9 @@ struct Raw {
     } else if (kKind == kAnything && dtype == kFloat64) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
+        const uint64_t bits = word[2 * i % kWords] | uint64_t(word[(2 * i + 1) % kWords]) << 32;
         double value;
-        memcpy(&value, word + (kKind == kAnything ? 2 * i : 0), sizeof value);
+        memcpy(&value, &bits, sizeof value);
         values[i] = T(value);
       }
     } else {
@@ -286,7 +287,10 @@ struct Raw {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const double value = double(values[i]);
-        memcpy(word + (kKind == kAnything ? 2 * i : 0), &value, sizeof value);
+        uint64_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        word[2 * i % kWords] = uint32_t(bits);
+        word[(2 * i + 1) % kWords] = uint32_t(bits >> 32);
       }
     } else if (dtype == kBFloat16) {
       set_halves(values, [](float x, int) { return to_bfloat16(x); });
@@ -373,8 +377,8 @@ using DirectionOf = std::conditional_t<kRule == kSgd, NoDirection<T>, AdamWDirec
 
 // What one thread finds out about a chunk for the whole block.
 struct Piece {
-  Packed row;
-  int64_t begin, end;
+  int64_t begin;
+  int32_t size;
   double direction_sign;
   uint32_t key;
   bool measuring, directed, momentumless, has_prev, moving, at_random;
@@ -393,6 +397,7 @@ struct Shared {
   double multiplier, unscale;
   unsigned long long ticket;
   bool last, skip;
+  Packed row;
   double sums[kWarps][kSums];
   alignas(16) unsigned char task[sizeof(Task<kRule, double>)];
 };
@@ -405,13 +410,8 @@ LRK_DEVICE int32_t first_chunk(const Arguments& args, int32_t row) {
   return int32_t(uint32_t(list_word(args, row / 2) >> (32 * (row % 2))));
 }
 
-LRK_DEVICE Packed row_of(const Arguments& args, int32_t row) {
-  uint64_t word[kRowWords];
-#pragma unroll
-  for (int i = 0; i < kRowWords; ++i) word[i] = list_word(args, rows_at(args.rows) + int64_t(row) * kRowWords + i);
-  Packed found;
-  memcpy(&found, word, sizeof found);
-  return found;
+LRK_DEVICE uint64_t row_word(const Arguments& args, int32_t row, int64_t i) {
+  return list_word(args, rows_at(args.rows) + int64_t(row) * kRowWords + i);
 }
 
 LRK_DEVICE void hyper_of(const Arguments& args, int32_t group, double (&hyper)[kHypers]) {
@@ -446,10 +446,16 @@ LRK_DEVICE int32_t row_with(const Arguments& args, int32_t chunk) {
   return low;
 }
 
+template <class P>
+LRK_DEVICE P advanced(P memory, Dtype dtype, int64_t elements) {
+  const int64_t bytes = elements * (dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2));
+  return memory ? P((const char*)(memory) + bytes) : memory;
+}
+
 template <Rule kRule, class T>
-LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t at_row, int32_t chunk_in_row,
-                       bool measuring, bool applying) {
-  const Packed row = row_of(args, at_row);
+LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chunk_in_row, bool measuring,
+                       bool applying) {
+  Packed& row = shared.row;
   double hyper[kHypers];
   hyper_of(args, row.group, hyper);
   const double* control = shared.control;
@@ -459,13 +465,14 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t at_
   const bool momentumless = kRule == kSgd && hyper[kMomentum] == 0;
   const bool half = row.param_dtype == kBFloat16 || row.param_dtype == kFloat16;
   const bool at_random = applying && half && !row.master && args.settings[kStochasticRounding] != 0;
-  const int64_t begin = int64_t(chunk_in_row) << args.chunk_bits, end = begin + (int64_t(1) << args.chunk_bits);
+  const int64_t begin = int64_t(chunk_in_row) << args.chunk_bits, rest = row.numel - begin;
   const bool has_prev = measuring && row.read_prev && row.counts[kHasPrev] != 0;
-  Piece piece{row, begin, end < row.numel ? end : row.numel};
+  Piece piece{begin, int32_t(rest < (int64_t(1) << args.chunk_bits) ? rest : int64_t(1) << args.chunk_bits)};
   piece.direction_sign = momentumless ? 1.0 : sign;  // a direction points uphill where one climbs; a gradient does not
   piece.key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
   piece.measuring = measuring;
-  piece.directed = measuring && (args.measure & kDirection) && (kRule == kSgd ? !momentumless || has_prev : updates > 0);
+  piece.directed =
+      measuring && (args.measure & kDirection) && (kRule == kSgd ? !momentumless || has_prev : updates > 0);
   piece.momentumless = momentumless;
   piece.has_prev = has_prev;
   piece.moving = applying && (args.measure & kMove);
@@ -473,19 +480,26 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t at_
   const StepOf<kRule, T> step(hyper, lr, control[kLength], updates);
   const DirectionOf<kRule, T> moved(hyper, updates);
   new (shared.task) Task<kRule, T>{piece, T(shared.unscale), T(sign * control[kClip]), step, moved};
+  // From here on the row is the chunk.
+  row.param = advanced(row.param, row.param_dtype, begin);
+  row.grad = advanced(row.grad, row.grad_dtype, begin);
+  for (int k = 0; k < kStates; ++k) row.states[k] = advanced(row.states[k], row.state_dtype, begin);
+  row.master = advanced(row.master, kFloat32, begin);
+  row.prev = advanced(row.prev, row.prev_dtype, begin);
 }
 
 // V neighbours U times over, at[0] ... at[U - 1], those that are there: load, measure, apply, store.
 template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, int V, int U, class T>
-LRK_DEVICE void run_elements(const Task<kRule, T>& task, const int64_t (&at)[U], const bool (&there)[U],
-                             double (&sums)[kSums]) {
+LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, const StepOf<kRule, T>& step,
+                             const int32_t (&at)[U], const bool (&there)[U], double (&sums)[kSums]) {
   using Words = Raw<kKind, V>;
   constexpr int kOurStates = kRule == kSgd ? 1 : kStates;
-  const Packed& row = task.row;
   const auto needs = [&](int k) {  // state k
     if (!row.states[k] || kApply) return row.states[k] != nullptr;
-    if constexpr (kRule == kSgd) return task.directed && !task.momentumless;
-    else return task.directed && (k == 0 || k == (task.step.amsgrad ? 2 : 1));
+    if constexpr (kRule == kSgd)
+      return task.directed && !task.momentumless;
+    else
+      return task.directed && (k == 0 || k == (step.amsgrad ? 2 : 1));
   };
   void* const updated = kKind != kFloats && row.master ? row.master : row.param;
   const Dtype updated_dtype = kKind != kFloats && row.master ? kFloat32 : row.param_dtype;
@@ -526,7 +540,7 @@ LRK_DEVICE void run_elements(const Task<kRule, T>& task, const int64_t (&at)[U],
           if constexpr (kRule == kSgd)
             direction[i] = kLevel == kFull && task.momentumless ? prev[i] : states[0][i];
           else
-            direction[i] = task.moved(states[0][i], task.step.amsgrad ? states[2][i] : states[1][i]);
+            direction[i] = task.moved(states[0][i], step.amsgrad ? states[2][i] : states[1][i]);
         }
       }
       add<kLevel>(sums, grad, task.directed, direction, task.has_prev, prev);
@@ -544,13 +558,13 @@ LRK_DEVICE void run_elements(const Task<kRule, T>& task, const int64_t (&at)[U],
     for (int i = 0; i < V; ++i) {
       before[i] = param[i];
       if constexpr (kRule == kSgd)
-        task.step(param[i], grad[i] * task.scale, states[0][i]);
+        step(param[i], grad[i] * task.scale, states[0][i]);
       else
-        task.step(param[i], grad[i] * task.scale, states[0][i], states[1][i], states[2][i]);
+        step(param[i], grad[i] * task.scale, states[0][i], states[1][i], states[2][i]);
     }
     Words result;
     if (kKind != kFloats && task.at_random) {
-      const auto random = [&](int i) { return random_bits(task.key, uint64_t(at[u] + i)); };
+      const auto random = [&](int i) { return random_bits(task.key, uint64_t(task.begin + at[u] + i)); };
       if (row.param_dtype == kBFloat16)
         result.set_halves(param, [&](float x, int i) { return to_bfloat16_at_random(x, random(i)); });
       else
@@ -583,42 +597,42 @@ LRK_DEVICE void run_elements(const Task<kRule, T>& task, const int64_t (&at)[U],
 }
 
 // How many neighbours make up 16 bytes of the usual tensor, and how many times that a thread has under way.
-template <Kind kKind, class T>
+template <Rule kRule, Kind kKind, class T>
 struct Width {
   static constexpr int kVector = kKind == kHalves ? 8 : (sizeof(T) == 8 ? 2 : 4);
-  static constexpr int kTimes = kKind == kFloats ? 2 : 1;
-  static constexpr int kScalars = kKind == kAnything ? 1 : 4;
+  static constexpr int kTimes = kRule == kSgd && kKind == kFloats ? 2 : 1;
 };
 
 template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, class T>
-LRK_DEVICE void run_chunk(const Task<kRule, T>& task, double (&sums)[kSums]) {
-  constexpr int V = Width<kKind, T>::kVector, U = Width<kKind, T>::kTimes, S = Width<kKind, T>::kScalars;
-  const int64_t size = task.end - task.begin;
-  const int head = task.row.head;
-  const int64_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
-  const int64_t first = task.begin + head;
-  for (int64_t j = threadIdx.x; j < vectors; j += U * kThreads) {
-    int64_t at[U];
+LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
+  const Packed& row = shared.row;  // read again for each element: registers are dearer than shared memory
+  const Task<kRule, T>& task = *reinterpret_cast<const Task<kRule, T>*>(shared.task);
+  const StepOf<kRule, T> step = task.step;
+  constexpr int V = Width<kRule, kKind, T>::kVector, U = Width<kRule, kKind, T>::kTimes, S = U;
+  const int32_t size = task.size, head = row.head;
+  const int32_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
+  for (int32_t j = int32_t(threadIdx.x); j < vectors; j += U * kThreads) {
+    int32_t at[U];
     bool there[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      at[u] = first + (j + u * kThreads) * V;
+      at[u] = head + (j + u * kThreads) * V;
       there[u] = u == 0 || j + u * kThreads < vectors;
     }
-    run_elements<kRule, kKind, kLevel, kMeasure, kApply, V, U>(task, at, there, sums);
+    run_elements<kRule, kKind, kLevel, kMeasure, kApply, V, U>(row, task, step, at, there, sums);
   }
   // The elements before and after the vectors; all of them where the tensors are not aligned alike.
-  const int64_t before = vectors > 0 ? head : 0, scalars = size - vectors * V;
-  for (int64_t j = threadIdx.x; j < scalars; j += S * kThreads) {
-    int64_t at[S];
+  const int32_t before = vectors > 0 ? head : 0, scalars = size - vectors * V;
+  for (int32_t j = int32_t(threadIdx.x); j < scalars; j += S * kThreads) {
+    int32_t at[S];
     bool there[S];
 #pragma unroll
     for (int u = 0; u < S; ++u) {
-      const int64_t i = j + u * kThreads;
-      at[u] = task.begin + (i < before ? i : i + vectors * V);
-      there[u] = i < scalars;
+      const int32_t i = j + u * kThreads;
+      at[u] = i < before ? i : i + vectors * V;
+      there[u] = u == 0 || i < scalars;
     }
-    run_elements<kRule, kKind, kLevel, kMeasure, kApply, 1, S>(task, at, there, sums);
+    run_elements<kRule, kKind, kLevel, kMeasure, kApply, 1, S>(row, task, step, at, there, sums);
   }
 }
 
@@ -627,8 +641,9 @@ LRK_DEVICE void run_chunk(const Task<kRule, T>& task, double (&sums)[kSums]) {
 
 // Which sums a kernel takes; the others stay out of registers and memory.
 template <Level kLevel>
-constexpr bool takes(int sum, bool measure, bool apply) {
-  return sum == kMoveSq ? apply && kLevel == kFull : measure && (kLevel == kFull || (kLevel == kWatched && sum < kDotPrev));
+LRK_RULE constexpr bool takes(int sum, bool measure, bool apply) {
+  return sum == kMoveSq ? apply && kLevel == kFull
+                        : measure && (kLevel == kFull || (kLevel == kWatched && sum < kDotPrev));
 }
 
 // The block's sum of each thread's `sums`, in a fixed order, to thread k < kSums for sum k.
@@ -694,16 +709,21 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
   for (;; ++done) {
     if (threadIdx.x == 0) {
       const unsigned long long ticket = shared.ticket = ahead;
-      if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1ull);  // under way while this chunk is worked on
       const int32_t chunk = ticket < limit ? chunk_of(ticket) : -1;
       if (chunk >= 0) {
         const int32_t row = row_with(args, chunk), in_row = chunk - first_chunk(args, row);
         const bool measuring = kMeasure && (!kApply || args.measure != 0);
-        if (kKind == kAnything && row_of(args, row).param_dtype == kFloat64)
-          prepare<kRule, double>(args, shared, row, in_row, measuring, kApply);
+#pragma unroll
+        for (int i = 0; i < kRowWords; ++i) {
+          const uint64_t word = row_word(args, row, i);
+          memcpy(reinterpret_cast<char*>(&shared.row) + 8 * i, &word, sizeof word);
+        }
+        if (kKind == kAnything && shared.row.param_dtype == kFloat64)
+          prepare<kRule, double>(args, shared, in_row, measuring, kApply);
         else
-          prepare<kRule, float>(args, shared, row, in_row, measuring, kApply);
+          prepare<kRule, float>(args, shared, in_row, measuring, kApply);
       }
+      if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1ull);  // under way while this chunk is worked on
     }
     __syncthreads();
     const unsigned long long ticket = shared.ticket;
@@ -713,21 +733,20 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
       __syncthreads();
       continue;
     }
-    const Piece& piece = *reinterpret_cast<const Piece*>(shared.task);
     double sums[kSums] = {};
     if constexpr (kKind == kAnything) {
-      if (piece.row.param_dtype == kFloat64)
-        run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, double>&>(piece), sums);
+      if (shared.row.param_dtype == kFloat64)
+        run_chunk<kRule, kKind, kLevel, kMeasure, kApply, double>(shared, sums);
       else
-        run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, float>&>(piece), sums);
+        run_chunk<kRule, kKind, kLevel, kMeasure, kApply, float>(shared, sums);
     } else {
-      run_chunk<kRule, kKind, kLevel, kMeasure, kApply>(static_cast<const Task<kRule, float>&>(piece), sums);
+      run_chunk<kRule, kKind, kLevel, kMeasure, kApply, float>(shared, sums);
     }
     if (kLevel == kPlain || (!kMeasure && kLevel == kWatched)) {
       __syncthreads();
       continue;
     }
-    const double sign = piece.direction_sign;
+    const double sign = reinterpret_cast<const Piece*>(shared.task)->direction_sign;
     const double sum = sum_of_block<kRule, kLevel, kMeasure, kApply>(shared, sums);
     const auto k = int(threadIdx.x);
     if (k < kSums && takes<kLevel>(k, kMeasure, kApply))
@@ -752,7 +771,8 @@ LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count w
 // Fewer registers for each thread, or more loads under way in each: as much as spills nothing.
 template <Rule kRule, Kind kKind, Level kLevel>
 constexpr int blocks_at_once() {
-  return kKind == kAnything ? 2 : (kRule == kAdamW && kKind == kHalves ? 2 : (kRule == kAdamW || kLevel == kFull ? 3 : 4));
+  return kKind == kAnything ? 2
+                            : (kRule == kAdamW && kKind == kHalves ? 2 : (kRule == kAdamW || kLevel == kFull ? 3 : 4));
 }
 
 template <Rule kRule, Kind kKind, Level kLevel, bool kTwoPass>
@@ -772,8 +792,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>
     if (threadIdx.x == 0) shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed
     __syncthreads();
     const auto tickets = (unsigned long long)(args.measure_tickets);
-    const unsigned long long done =
-        run_tickets<kRule, kKind, kLevel, true, false>(args, shared, ahead, tickets);
+    const unsigned long long done = run_tickets<kRule, kKind, kLevel, true, false>(args, shared, ahead, tickets);
     if (completes(shared.last, &counters.measured, done, tickets)) {
       read_control(args, shared);
       if (args.verbs & kMeasureVerb) {
@@ -824,7 +843,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>
     const bool ring = args.settings[kClosedLoop] == kVolSched;  // which is not in shared memory
     if (threadIdx.x == 0 && !kTwoPass && args.measure != 0) decide_alone(args, shared.control, kRule, false);
     for (int32_t i = int32_t(threadIdx.x); i < args.rows && !skipped; i += kThreads) {
-      float* counts = row_of(args, i).counts;
+      auto* counts = reinterpret_cast<float*>(row_word(args, i, offsetof(Packed, counts) / 8));
       counts[kUpdates] += 1;
       counts[kHasPrev] = 1;
     }
@@ -865,7 +884,7 @@ Choice at_level(Level level, bool two_pass) {
   if (kKind == kAnything || level == kFull) return in_order<kRule, kKind, kFull>(two_pass);
   if constexpr (kKind != kAnything)
     if (level == kPlain && !two_pass) return in_order<kRule, kKind, kPlain>(false);
-  return in_order<kRule, kKind, kKind == kAnything ? kFull : kWatched>(two_pass);
+  return in_order < kRule, kKind, kKind == kAnything ? kFull : kWatched > (two_pass);
 }
 
 template <Rule kRule>
@@ -909,10 +928,9 @@ int8_t head_of(const Row& row, int vector) {
   const struct {
     const void* memory;
     Dtype dtype;
-  } tensors[] = {{row.param, row.param_dtype},       {row.grad, row.grad_dtype},
-                 {row.states[0], row.state_dtype},   {row.states[1], row.state_dtype},
-                 {row.states[2], row.state_dtype},   {row.master, kFloat32},
-                 {row.prev_read, row.prev_dtype},    {row.prev_write, row.prev_dtype}};
+  } tensors[] = {{row.param, row.param_dtype},     {row.grad, row.grad_dtype},       {row.states[0], row.state_dtype},
+                 {row.states[1], row.state_dtype}, {row.states[2], row.state_dtype}, {row.master, kFloat32},
+                 {row.prev_read, row.prev_dtype},  {row.prev_write, row.prev_dtype}};
   for (int head = 0; head < vector; ++head) {
     const auto aligned = [&](const auto& tensor) {
       const int64_t size = size_of(tensor.dtype), width = std::min<int64_t>(16, size * vector);
@@ -924,16 +942,16 @@ int8_t head_of(const Row& row, int vector) {
 }
 
 int vector_of(Kind kind, const Row& row) {
-  if (kind == kFloats) return Width<kFloats, float>::kVector;
-  if (kind == kHalves) return Width<kHalves, float>::kVector;
-  return row.param_dtype == kFloat64 ? Width<kAnything, double>::kVector : Width<kAnything, float>::kVector;
+  if (kind == kFloats) return Width<kSgd, kFloats, float>::kVector;
+  if (kind == kHalves) return Width<kSgd, kHalves, float>::kVector;
+  return row.param_dtype == kFloat64 ? Width<kSgd, kAnything, double>::kVector : Width<kSgd, kAnything, float>::kVector;
 }
 
 int chunk_bits_of(const std::vector<Row>& rows) {
   int64_t elements = 0;
   int bits = kChunkBits;
   for (const Row& row : rows) elements += row.numel;
-  while ((elements >> bits) > kManyChunks) ++bits;
+  while ((elements >> bits) > kManyChunks && bits < 30) ++bits;
   return bits;
 }
 
