@@ -42,14 +42,6 @@ enum Kind {
   kKinds
 };
 
-// What is measured, so that a plain step carries no registers for it.
-enum Level {
-  kPlain,    // nothing
-  kWatched,  // norms and the direction
-  kFull,     // the previous gradient and the move too
-  kLevels
-};
-
 // ---------------------------------------------------------------------------------------------------------------------
 // What the host tells the kernel
 
@@ -65,7 +57,7 @@ struct Packed {
   int32_t group, index;
   Dtype param_dtype, grad_dtype, state_dtype, prev_dtype;
   bool read_prev, write_prev;
-  int8_t head;  // elements before the first that is aligned in every tensor; -1: there is none
+  int8_t head;  // elements before the first whose vectors are aligned in every tensor; -1: there is none
   int8_t unused;
 };
 static_assert(sizeof(Packed) % sizeof(uint64_t) == 0);
@@ -94,7 +86,7 @@ struct Header {
   const float* grad_scale;
   int64_t table_size, decay_size, history_size;
   int64_t measured_chunks, measure_tickets, tickets;
-  int32_t chunks, rows, chunk_bits, measure, verbs;
+  int32_t chunks, rows, chunk_bits, measure, verbs, two_pass;
   double settings[kSettings];
 };
 
@@ -312,7 +304,7 @@ constexpr bool kQuickFloat64 = false;
 constexpr bool kQuickFloat64 = true;
 #endif
 
-template <Level kLevel, class A, class T, int V>
+template <bool kFull, class A, class T, int V>
 LRK_DEVICE void add_products(A (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V],
                              bool has_prev, const T (&prev)[V]) {
 #pragma unroll
@@ -329,7 +321,7 @@ LRK_DEVICE void add_products(A (&sums)[kSums], const T (&grad)[V], bool directed
       sums[kDirectionSq] = fma(d, d, sums[kDirectionSq]);
     }
   }
-  if (kLevel == kFull && has_prev) {
+  if (kFull && has_prev) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const A g = A(grad[i]), q = A(prev[i]), difference = g - q;
@@ -340,24 +332,24 @@ LRK_DEVICE void add_products(A (&sums)[kSums], const T (&grad)[V], bool directed
   }
 }
 
-template <Level kLevel, class T, int V>
+template <bool kFull, class T, int V>
 LRK_DEVICE void add(double (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V], bool has_prev,
                     const T (&prev)[V]) {
   if constexpr (kQuickFloat64 || sizeof(T) == sizeof(double)) {
-    add_products<kLevel>(sums, grad, directed, direction, has_prev, prev);
+    add_products<kFull>(sums, grad, directed, direction, has_prev, prev);
   } else {
     float few[kSums] = {};
-    add_products<kLevel>(few, grad, directed, direction, has_prev, prev);
+    add_products<kFull>(few, grad, directed, direction, has_prev, prev);
     const auto safe = [&](float square) {
       return (square > 0x1p-80f && square < 0x1p80f) || (square == 0 && few[kGradAbs] == 0);
     };
     bool all = safe(few[kGradSq]) && (!directed || safe(few[kDirectionSq]));
-    if (kLevel == kFull && has_prev) all = all && safe(few[kPrevSq]) && safe(few[kDiffSq]);
+    if (kFull && has_prev) all = all && safe(few[kPrevSq]) && safe(few[kDiffSq]);
     if (all) {
 #pragma unroll
-      for (int k = 0; k < (kLevel == kFull ? kMoveSq : kDotPrev); ++k) sums[k] += double(few[k]);
+      for (int k = 0; k < (kFull ? kMoveSq : kDotPrev); ++k) sums[k] += double(few[k]);
     } else {
-      add_products<kLevel>(sums, grad, directed, direction, has_prev, prev);
+      add_products<kFull>(sums, grad, directed, direction, has_prev, prev);
     }
   }
 }
@@ -381,7 +373,7 @@ struct Piece {
   int32_t size;
   double direction_sign;
   uint32_t key;
-  bool measuring, directed, momentumless, has_prev, moving, at_random;
+  bool measuring, applying, directed, momentumless, has_prev, moving, at_random;
 };
 
 template <Rule kRule, class T>
@@ -471,6 +463,7 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chu
   piece.direction_sign = momentumless ? 1.0 : sign;  // a direction points uphill where one climbs; a gradient does not
   piece.key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
   piece.measuring = measuring;
+  piece.applying = applying;
   piece.directed =
       measuring && (args.measure & kDirection) && (kRule == kSgd ? !momentumless || has_prev : updates > 0);
   piece.momentumless = momentumless;
@@ -488,34 +481,35 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chu
   row.prev = advanced(row.prev, row.prev_dtype, begin);
 }
 
-// V neighbours U times over, at[0] ... at[U - 1], those that are there: load, measure, apply, store.
-template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, int V, int U, class T>
+// U times V neighbours, those that are there: load, measure, apply, store.
+template <Rule kRule, Kind kKind, bool kFull, int V, int U, class T>
 LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, const StepOf<kRule, T>& step,
                              const int32_t (&at)[U], const bool (&there)[U], double (&sums)[kSums]) {
   using Words = Raw<kKind, V>;
   constexpr int kOurStates = kRule == kSgd ? 1 : kStates;
+  const bool applying = task.applying, measuring = task.measuring;
   const auto needs = [&](int k) {  // state k
-    if (!row.states[k] || kApply) return row.states[k] != nullptr;
+    if (!row.states[k] || applying) return row.states[k] != nullptr;
     if constexpr (kRule == kSgd)
       return task.directed && !task.momentumless;
     else
       return task.directed && (k == 0 || k == (step.amsgrad ? 2 : 1));
   };
-  void* const updated = kKind != kFloats && row.master ? row.master : row.param;
-  const Dtype updated_dtype = kKind != kFloats && row.master ? kFloat32 : row.param_dtype;
-  const Stay grad_stay = kApply ? kDone : kUseful;
+  const bool has_master = kKind != kFloats && row.master;
+  void* const updated = has_master ? row.master : row.param;
+  const Dtype updated_dtype = has_master ? kFloat32 : row.param_dtype;
+  const Stay stay = applying ? kDone : kUseful;
 
   Words grad_words[U], param_words[U], state_words[U][kOurStates], prev_words[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (!there[u]) continue;
-    grad_words[u].load(row.grad, row.grad_dtype, at[u], grad_stay);
-    if (kApply) param_words[u].load(updated, updated_dtype, at[u], kUseful);
+    grad_words[u].load(row.grad, row.grad_dtype, at[u], stay);
+    if (applying) param_words[u].load(updated, updated_dtype, at[u], kUseful);
 #pragma unroll
     for (int k = 0; k < kOurStates; ++k)
-      if (needs(k)) state_words[u][k].load(row.states[k], row.state_dtype, at[u], kApply ? kDone : kUseful);
-    if (kLevel == kFull && kMeasure && task.has_prev)
-      prev_words[u].load(row.prev, row.prev_dtype, at[u], kApply ? kDone : kUseful);
+      if (needs(k)) state_words[u][k].load(row.states[k], row.state_dtype, at[u], stay);
+    if (kFull && task.has_prev) prev_words[u].load(row.prev, row.prev_dtype, at[u], stay);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -530,24 +524,23 @@ LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, cons
       for (int i = 0; i < V; ++i) states[k][i] = T(0);
       if (needs(k)) state_words[u][k].get(row.state_dtype, states[k]);
     }
-
-    if (kMeasure && task.measuring) {
+    if (measuring) {
       T prev[V] = {}, direction[V] = {};
-      if (kLevel == kFull && task.has_prev) prev_words[u].get(row.prev_dtype, prev);
+      if (kFull && task.has_prev) prev_words[u].get(row.prev_dtype, prev);
       if (task.directed) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           if constexpr (kRule == kSgd)
-            direction[i] = kLevel == kFull && task.momentumless ? prev[i] : states[0][i];
+            direction[i] = kFull && task.momentumless ? prev[i] : states[0][i];
           else
             direction[i] = task.moved(states[0][i], step.amsgrad ? states[2][i] : states[1][i]);
         }
       }
-      add<kLevel>(sums, grad, task.directed, direction, task.has_prev, prev);
+      add<kFull>(sums, grad, task.directed, direction, task.has_prev, prev);
     }
-    if (!kApply) continue;
+    if (!applying) continue;
 
-    if (kLevel == kFull && row.write_prev) {
+    if (kFull && row.write_prev) {
       Words kept;
       kept.set(row.prev_dtype, grad);
       kept.store(row.prev, row.prev_dtype, at[u], kDone);
@@ -573,7 +566,7 @@ LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, cons
       result.set(updated_dtype, param);
     }
     result.store(updated, updated_dtype, at[u], kUseful);
-    if (kLevel == kFull && task.moving) {
+    if (kFull && task.moving) {
       T after[V];  // as it is in memory now
       result.get(updated_dtype, after);
 #pragma unroll
@@ -582,7 +575,7 @@ LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, cons
         sums[kMoveSq] = fma(moved, moved, sums[kMoveSq]);
       }
     }
-    if (kKind != kFloats && row.master) {
+    if (has_master) {
       result.set(row.param_dtype, param);
       result.store(row.param, row.param_dtype, at[u], kUseful);
     }
@@ -597,18 +590,18 @@ LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, cons
 }
 
 // How many neighbours make up 16 bytes of the usual tensor, and how many times that a thread has under way.
-template <Rule kRule, Kind kKind, class T>
+template <Rule kRule, Kind kKind>
 struct Width {
-  static constexpr int kVector = kKind == kHalves ? 8 : (sizeof(T) == 8 ? 2 : 4);
+  static constexpr int kVector = kKind == kFloats ? 4 : (kKind == kHalves ? 8 : 2);
   static constexpr int kTimes = kRule == kSgd && kKind == kFloats ? 2 : 1;
 };
 
-template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply, class T>
+template <Rule kRule, Kind kKind, bool kFull, class T>
 LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
   const Packed& row = shared.row;  // read again for each element: registers are dearer than shared memory
   const Task<kRule, T>& task = *reinterpret_cast<const Task<kRule, T>*>(shared.task);
   const StepOf<kRule, T> step = task.step;
-  constexpr int V = Width<kRule, kKind, T>::kVector, U = Width<kRule, kKind, T>::kTimes, S = U;
+  constexpr int V = Width<kRule, kKind>::kVector, U = Width<kRule, kKind>::kTimes, S = 2;
   const int32_t size = task.size, head = row.head;
   const int32_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
   for (int32_t j = int32_t(threadIdx.x); j < vectors; j += U * kThreads) {
@@ -619,7 +612,7 @@ LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
       at[u] = head + (j + u * kThreads) * V;
       there[u] = u == 0 || j + u * kThreads < vectors;
     }
-    run_elements<kRule, kKind, kLevel, kMeasure, kApply, V, U>(row, task, step, at, there, sums);
+    run_elements<kRule, kKind, kFull, V, U>(row, task, step, at, there, sums);
   }
   // The elements before and after the vectors; all of them where the tensors are not aligned alike.
   const int32_t before = vectors > 0 ? head : 0, scalars = size - vectors * V;
@@ -632,49 +625,50 @@ LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
       at[u] = i < before ? i : i + vectors * V;
       there[u] = u == 0 || i < scalars;
     }
-    run_elements<kRule, kKind, kLevel, kMeasure, kApply, 1, S>(row, task, step, at, there, sums);
+    run_elements<kRule, kKind, kFull, 1, S>(row, task, step, at, there, sums);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks
 
-// Which sums a kernel takes; the others stay out of registers and memory.
-template <Level kLevel>
-LRK_RULE constexpr bool takes(int sum, bool measure, bool apply) {
-  return sum == kMoveSq ? apply && kLevel == kFull
-                        : measure && (kLevel == kFull || (kLevel == kWatched && sum < kDotPrev));
+// How many sums a kernel takes; the others stay out of registers and memory.
+template <bool kFull>
+constexpr int kTaken = kFull ? kSums : kDotPrev;
+
+// Whether a pass that measures or applies has this sum.
+LRK_DEVICE bool belongs(int sum, bool measuring, bool applying) {
+  return sum == kMoveSq ? applying : measuring;
 }
 
 // The block's sum of each thread's `sums`, in a fixed order, to thread k < kSums for sum k.
-template <Rule kRule, Level kLevel, bool kMeasure, bool kApply>
+template <Rule kRule, bool kFull>
 LRK_DEVICE double sum_of_block(Shared<kRule>& shared, double (&sums)[kSums]) {
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    if (!takes<kLevel>(k, kMeasure, kApply)) continue;
+  for (int k = 0; k < kTaken<kFull>; ++k) {
 #pragma unroll
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sums[k] += __shfl_down_sync(0xffffffffu, sums[k], lanes);
     if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp][k] = sums[k];
   }
   __syncthreads();
   double sum = 0;
-  if (threadIdx.x < kSums && takes<kLevel>(int(threadIdx.x), kMeasure, kApply))
+  if (threadIdx.x < kTaken<kFull>)
     for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp][threadIdx.x];
   return sum;
 }
 
 // Adds up the chunks' partial sums, in their order, whichever block has made them.
-template <Rule kRule, Level kLevel, bool kMeasure, bool kApply>
-LRK_DEVICE void sum_of_chunks(const Arguments& args, Shared<kRule>& shared) {
+template <Rule kRule, bool kFull>
+LRK_DEVICE void sum_of_chunks(const Arguments& args, Shared<kRule>& shared, bool measuring, bool applying) {
   double sums[kSums] = {};
   for (int32_t chunk = int32_t(threadIdx.x); chunk < args.chunks; chunk += kThreads) {
 #pragma unroll
-    for (int k = 0; k < kSums; ++k)
-      if (takes<kLevel>(k, kMeasure, kApply)) sums[k] += load_fresh(args.partials + int64_t(k) * args.chunks + chunk);
+    for (int k = 0; k < kTaken<kFull>; ++k)
+      if (belongs(k, measuring, applying)) sums[k] += load_fresh(args.partials + int64_t(k) * args.chunks + chunk);
   }
-  const double sum = sum_of_block<kRule, kLevel, kMeasure, kApply>(shared, sums);
-  const bool ours = threadIdx.x == kMoveSq ? kApply : kMeasure;
-  if (threadIdx.x < kSums && ours) shared.control[kSumsAt + threadIdx.x] = sum;
+  const double sum = sum_of_block<kRule, kFull>(shared, sums);
+  const auto k = int(threadIdx.x);
+  if (k < kSums && belongs(k, measuring, applying)) shared.control[kSumsAt + k] = sum;
   __syncthreads();
 }
 
@@ -698,12 +692,14 @@ LRK_DEVICE void no_sums(Shared<kRule>& shared) {
 }
 
 // Runs the chunks of the tickets up to `limit`; `ahead`, of the first thread, is the ticket that comes next. How many.
-template <Rule kRule, Kind kKind, Level kLevel, bool kMeasure, bool kApply>
+template <Rule kRule, Kind kKind, bool kFull>
 LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned long long& ahead,
-                                    unsigned long long limit) {
+                                    unsigned long long limit, bool measuring, bool applying) {
+  const bool backwards = args.two_pass && applying;  // what was measured last is still in the cache
+  const bool summing = kFull || measuring;
   const auto chunk_of = [&](unsigned long long ticket) {  // -1: nothing to do
-    const bool work = !shared.skip && (!kMeasure || ticket < (unsigned long long)(args.measured_chunks));
-    return work ? int32_t(kMeasure ? ticket : limit - 1 - ticket) : -1;  // what was measured last is still in the cache
+    const bool work = !shared.skip && (backwards || ticket < (unsigned long long)(args.measured_chunks));
+    return work ? int32_t(backwards ? limit - 1 - ticket : ticket) : -1;
   };
   unsigned int done = 0;
   for (;; ++done) {
@@ -712,16 +708,15 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
       const int32_t chunk = ticket < limit ? chunk_of(ticket) : -1;
       if (chunk >= 0) {
         const int32_t row = row_with(args, chunk), in_row = chunk - first_chunk(args, row);
-        const bool measuring = kMeasure && (!kApply || args.measure != 0);
 #pragma unroll
         for (int i = 0; i < kRowWords; ++i) {
           const uint64_t word = row_word(args, row, i);
           memcpy(reinterpret_cast<char*>(&shared.row) + 8 * i, &word, sizeof word);
         }
         if (kKind == kAnything && shared.row.param_dtype == kFloat64)
-          prepare<kRule, double>(args, shared, in_row, measuring, kApply);
+          prepare<kRule, double>(args, shared, in_row, measuring, applying);
         else
-          prepare<kRule, float>(args, shared, in_row, measuring, kApply);
+          prepare<kRule, float>(args, shared, in_row, measuring, applying);
       }
       if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1ull);  // under way while this chunk is worked on
     }
@@ -729,27 +724,25 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
     const unsigned long long ticket = shared.ticket;
     if (ticket >= limit) break;
     const int32_t chunk = chunk_of(ticket);
-    if (chunk < 0) {
-      __syncthreads();
-      continue;
-    }
     double sums[kSums] = {};
-    if constexpr (kKind == kAnything) {
-      if (shared.row.param_dtype == kFloat64)
-        run_chunk<kRule, kKind, kLevel, kMeasure, kApply, double>(shared, sums);
-      else
-        run_chunk<kRule, kKind, kLevel, kMeasure, kApply, float>(shared, sums);
-    } else {
-      run_chunk<kRule, kKind, kLevel, kMeasure, kApply, float>(shared, sums);
+    if (chunk >= 0) {
+      if constexpr (kKind == kAnything) {
+        if (shared.row.param_dtype == kFloat64)
+          run_chunk<kRule, kKind, kFull, double>(shared, sums);
+        else
+          run_chunk<kRule, kKind, kFull, float>(shared, sums);
+      } else {
+        run_chunk<kRule, kKind, kFull, float>(shared, sums);
+      }
     }
-    if (kLevel == kPlain || (!kMeasure && kLevel == kWatched)) {
+    if (chunk < 0 || !summing) {
       __syncthreads();
       continue;
     }
     const double sign = reinterpret_cast<const Piece*>(shared.task)->direction_sign;
-    const double sum = sum_of_block<kRule, kLevel, kMeasure, kApply>(shared, sums);
+    const double sum = sum_of_block<kRule, kFull>(shared, sums);
     const auto k = int(threadIdx.x);
-    if (k < kSums && takes<kLevel>(k, kMeasure, kApply))
+    if (k < kTaken<kFull> && belongs(k, measuring, applying))
       args.partials[int64_t(k) * args.chunks + chunk] = k == kDotDirection ? sign * sum : sum;
   }
   __syncthreads();
@@ -768,32 +761,29 @@ LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count w
   return last;
 }
 
-// Fewer registers for each thread, or more loads under way in each: as much as spills nothing.
-template <Rule kRule, Kind kKind, Level kLevel>
-constexpr int blocks_at_once() {
-  return kKind == kAnything ? 2
-                            : (kRule == kAdamW && kKind == kHalves ? 2 : (kRule == kAdamW || kLevel == kFull ? 3 : 4));
-}
+// Fewer registers for each thread, or fewer threads: as much as spills nothing.
+template <Rule kRule, Kind kKind, bool kFull>
+constexpr int kBlocks = kKind == kFloats && (kRule == kSgd || !kFull) ? 3 : 2;
 
-template <Rule kRule, Kind kKind, Level kLevel, bool kTwoPass>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>())
+template <Rule kRule, Kind kKind, bool kFull>
+__global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
     run_step(const __grid_constant__ Arguments args) {
   __shared__ Shared<kRule> shared;
   Counters& counters = *args.counters;
   unsigned long long ahead = threadIdx.x == 0 ? atomicAdd(&counters.tickets, 1ull) : 0ull;
+  const auto tickets = (unsigned long long)(args.tickets), measure_tickets = (unsigned long long)(args.measure_tickets);
   const bool found_inf = args.found_inf && *args.found_inf != 0;
-  const bool applying = args.verbs & kApplyVerb;
+  const bool two_pass = args.two_pass, applying = args.verbs & kApplyVerb;
   if (threadIdx.x == 0) {
     shared.unscale = args.grad_scale ? 1.0 / double(*args.grad_scale) : 1.0;
     shared.skip = found_inf;
+    shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed to measure
   }
 
-  if (kTwoPass && args.measure_tickets > 0) {
-    if (threadIdx.x == 0) shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed
+  if (measure_tickets > 0) {
     __syncthreads();
-    const auto tickets = (unsigned long long)(args.measure_tickets);
-    const unsigned long long done = run_tickets<kRule, kKind, kLevel, true, false>(args, shared, ahead, tickets);
-    if (completes(shared.last, &counters.measured, done, tickets)) {
+    const unsigned long long done = run_tickets<kRule, kKind, kFull>(args, shared, ahead, measure_tickets, true, false);
+    if (completes(shared.last, &counters.measured, done, measure_tickets)) {
       read_control(args, shared);
       if (args.verbs & kMeasureVerb) {
         if (threadIdx.x == 0) begin(shared.control, found_inf);
@@ -801,7 +791,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>
         if (found_inf)
           no_sums(shared);
         else
-          sum_of_chunks<kRule, kLevel, true, false>(args, shared);
+          sum_of_chunks<kRule, kFull>(args, shared, true, false);
       }
       if (threadIdx.x == 0 && (args.verbs & kDecideVerb)) decide_alone(args, shared.control, kRule, true);
       __syncthreads();
@@ -810,44 +800,42 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>
       __syncthreads();
       if (threadIdx.x == 0) store_release(&counters.decided, 1u);
     }
-    if (threadIdx.x == 0 && ahead < (unsigned long long)(args.tickets)) {
+    if (threadIdx.x == 0 && ahead < tickets) {
       while (load_acquire(&counters.decided) == 0) __nanosleep(100);
     }
     __syncthreads();
   }
 
   // A block that came too late to apply anything has not waited, and must not read what may be being decided.
-  if (applying && (!kTwoPass || args.measure_tickets == 0 || shared.ticket < (unsigned long long)(args.tickets))) {
+  if (applying && (measure_tickets == 0 || shared.ticket < tickets)) {
     read_control(args, shared);
     if (threadIdx.x == 0) {
-      if (!kTwoPass) begin(shared.control, found_inf);
+      if (!two_pass) begin(shared.control, found_inf);
       shared.skip = shared.control[kSkip] != 0;
       shared.multiplier = at(args.table, args.table_size, shared.control[kStep]);
     }
     __syncthreads();
-    run_tickets<kRule, kKind, kLevel, !kTwoPass, true>(args, shared, ahead, (unsigned long long)(args.tickets));
+    run_tickets<kRule, kKind, kFull>(args, shared, ahead, tickets, !two_pass && args.measure != 0, true);
   }
 
   if (!completes(shared.last, &counters.left, 1u, gridDim.x)) return;
 
   // The last block: everything is done and seen.
   if (applying) {
-    if (kTwoPass) read_control(args, shared);
-    const bool skipped = shared.control[kSkip] != 0;
-    if (skipped && !kTwoPass)
+    if (two_pass) read_control(args, shared);
+    const bool skipped = shared.control[kSkip] != 0, decides = !two_pass && args.measure != 0;
+    if (!skipped)
+      sum_of_chunks<kRule, kFull>(args, shared, decides, true);
+    else if (!two_pass)
       no_sums(shared);
-    else if (!skipped && !kTwoPass && args.measure != 0)
-      sum_of_chunks<kRule, kLevel, true, true>(args, shared);
-    else if (!skipped)
-      sum_of_chunks<kRule, kLevel, false, true>(args, shared);
-    const bool ring = args.settings[kClosedLoop] == kVolSched;  // which is not in shared memory
-    if (threadIdx.x == 0 && !kTwoPass && args.measure != 0) decide_alone(args, shared.control, kRule, false);
+    if (threadIdx.x == 0 && decides) decide_alone(args, shared.control, kRule, false);
     for (int32_t i = int32_t(threadIdx.x); i < args.rows && !skipped; i += kThreads) {
       auto* counts = reinterpret_cast<float*>(row_word(args, i, offsetof(Packed, counts) / 8));
       counts[kUpdates] += 1;
       counts[kHasPrev] = 1;
     }
     __syncthreads();
+    const bool ring = args.settings[kClosedLoop] == kVolSched;  // which is not in shared memory
     if (ring) write_control(args, shared);
     if (threadIdx.x == 0) finish_alone(args, ring ? args.control : shared.control);
     __syncthreads();
@@ -864,34 +852,16 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<kRule, kKind, kLevel>
 
 using Kernel = void (*)(Arguments);
 
-struct Choice {
-  Kernel kernel;
-  int index;
-};
+constexpr int kKernels = 2 * kKinds * 2;
 
-constexpr int kKernels = 2 * kKinds * kLevels * 2;
-
-template <Rule kRule, Kind kKind, Level kLevel>
-Choice in_order(bool two_pass) {
-  constexpr int index = ((int(kRule) * kKinds + int(kKind)) * kLevels + int(kLevel)) * 2;
-  if constexpr (kLevel != kPlain)
-    if (two_pass) return {run_step<kRule, kKind, kLevel, true>, index + 1};
-  return {run_step<kRule, kKind, kLevel, false>, index};
-}
-
-template <Rule kRule, Kind kKind>
-Choice at_level(Level level, bool two_pass) {
-  if (kKind == kAnything || level == kFull) return in_order<kRule, kKind, kFull>(two_pass);
-  if constexpr (kKind != kAnything)
-    if (level == kPlain && !two_pass) return in_order<kRule, kKind, kPlain>(false);
-  return in_order < kRule, kKind, kKind == kAnything ? kFull : kWatched > (two_pass);
-}
-
-template <Rule kRule>
-Choice of_kind(Kind kind, Level level, bool two_pass) {
-  if (kind == kFloats) return at_level<kRule, kFloats>(level, two_pass);
-  if (kind == kHalves) return at_level<kRule, kHalves>(level, two_pass);
-  return at_level<kRule, kAnything>(level, two_pass);
+// A job with float64 has a kernel that can do everything.
+Kernel kernel_of(int index) {
+  static const Kernel kernels[kKernels] = {
+      run_step<kSgd, kFloats, false>,   run_step<kSgd, kFloats, true>,     run_step<kSgd, kHalves, false>,
+      run_step<kSgd, kHalves, true>,    run_step<kSgd, kAnything, true>,   run_step<kSgd, kAnything, true>,
+      run_step<kAdamW, kFloats, false>, run_step<kAdamW, kFloats, true>,   run_step<kAdamW, kHalves, false>,
+      run_step<kAdamW, kHalves, true>,  run_step<kAdamW, kAnything, true>, run_step<kAdamW, kAnything, true>};
+  return kernels[index];
 }
 
 Kind kind_of(const std::vector<Row>& rows) {
@@ -913,17 +883,18 @@ Kind kind_of(const std::vector<Row>& rows) {
   return wide ? kAnything : (floats ? kFloats : kHalves);
 }
 
-Level level_of(const Job& job) {
-  bool previous = job.measure & (kPrevious | kMove);
-  for (const Row& row : job.rows) previous = previous || row.prev_read || row.prev_write;
-  return previous ? kFull : (job.measure ? kWatched : kPlain);
+// Whether the previous gradient or the move has a part in it.
+bool is_full(const Job& job) {
+  bool full = job.measure & (kPrevious | kMove);
+  for (const Row& row : job.rows) full = full || row.prev_read || row.prev_write;
+  return full;
 }
 
 int64_t size_of(Dtype dtype) {
   return dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2);
 }
 
-// How many elements come before the first whose neighbours all tensors have aligned; -1 where they never are.
+// How many elements come before the first whose vectors all tensors have aligned; -1 where they never are.
 int8_t head_of(const Row& row, int vector) {
   const struct {
     const void* memory;
@@ -941,10 +912,9 @@ int8_t head_of(const Row& row, int vector) {
   return -1;
 }
 
-int vector_of(Kind kind, const Row& row) {
-  if (kind == kFloats) return Width<kSgd, kFloats, float>::kVector;
-  if (kind == kHalves) return Width<kSgd, kHalves, float>::kVector;
-  return row.param_dtype == kFloat64 ? Width<kSgd, kAnything, double>::kVector : Width<kSgd, kAnything, float>::kVector;
+int vector_of(Kind kind) {
+  return kind == kFloats ? Width<kSgd, kFloats>::kVector
+                         : (kind == kHalves ? Width<kSgd, kHalves>::kVector : Width<kSgd, kAnything>::kVector);
 }
 
 int chunk_bits_of(const std::vector<Row>& rows) {
@@ -978,7 +948,7 @@ int64_t fill(const Job& job, Kind kind, int chunk_bits, int64_t groups, uint64_t
     to.prev_dtype = row.prev_dtype;
     to.read_prev = row.prev_read != nullptr;
     to.write_prev = row.prev_write != nullptr;
-    to.head = head_of(row, vector_of(kind, row));
+    to.head = head_of(row, vector_of(kind));
     *first++ = int32_t(chunks);
     chunks += (row.numel + (int64_t(1) << chunk_bits) - 1) >> chunk_bits;
   }
@@ -992,8 +962,8 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   const bool one_pass = verbs == kStepVerbs && !job.two_pass;
   const bool decides = !one_pass && (verbs & (kMeasureVerb | kDecideVerb));
   const Kind kind = kind_of(job.rows);
-  const Level level = level_of(job);
-  Choice choice = job.rule == kSgd ? of_kind<kSgd>(kind, level, !one_pass) : of_kind<kAdamW>(kind, level, !one_pass);
+  const int index = (job.rule * kKinds + kind) * 2 + is_full(job);
+  const Kernel kernel = kernel_of(index);
 
   Arguments args;
   const int chunk_bits = chunk_bits_of(job.rows);
@@ -1035,19 +1005,20 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   args.chunk_bits = chunk_bits;
   args.measure = job.measure;
   args.verbs = verbs;
+  args.two_pass = !one_pass;
   std::copy_n(job.settings, int(kSettings), args.settings);
 
   int previous = device;
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
   static std::atomic<int> resident[kMaxDevices][kKernels];  // blocks of each kernel that a device runs at once
-  int blocks = device < kMaxDevices ? resident[device][choice.index].load() : 0;
+  int blocks = device < kMaxDevices ? resident[device][index].load() : 0;
   if (error == cudaSuccess && blocks == 0) {
     int each = 0, processors = 0;
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, choice.kernel, kThreads, 0);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     blocks = std::max(1, each * processors);
-    if (device < kMaxDevices) resident[device][choice.index] = error == cudaSuccess ? blocks : 0;
+    if (device < kMaxDevices) resident[device][index] = error == cudaSuccess ? blocks : 0;
   }
   auto* const queue = static_cast<cudaStream_t>(stream);
   if (error == cudaSuccess && beyond)
@@ -1055,7 +1026,7 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   if (error == cudaSuccess) {
     const auto grid = (unsigned int)(std::clamp<int64_t>(args.tickets, 1, blocks));
     void* arguments[] = {&args};
-    error = cudaLaunchKernel(choice.kernel, dim3(grid), dim3(kThreads), arguments, 0, queue);
+    error = cudaLaunchKernel(kernel, dim3(grid), dim3(kThreads), arguments, 0, queue);
   }
   if (previous != device) cudaSetDevice(previous);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
