@@ -26,7 +26,7 @@
 namespace lrk::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kMaxDevices = 64;
 
 // A chunk is 8192 elements, and twice as many as often as it takes for there to be no more than 8192 chunks (and one
@@ -65,9 +65,9 @@ static_assert(sizeof(Packed) % sizeof(uint64_t) == 0);
 // In device memory, all zero between launches. The last block to leave makes it so: nobody else is there by then, and
 // the next launch on the stream starts after this one. So a captured launch can be replayed, and the host never has to.
 struct Counters {
-  unsigned long long tickets;   // taken
-  unsigned long long measured;  // chunks
-  unsigned int left;            // blocks that are done
+  unsigned int tickets;   // taken
+  unsigned int measured;  // chunks
+  unsigned int left;      // blocks that are done
   alignas(128) unsigned int decided;
 };
 constexpr int64_t kCounterBytes = 256;
@@ -85,7 +85,7 @@ struct Header {
   const float* found_inf;
   const float* grad_scale;
   int64_t table_size, decay_size, history_size;
-  int64_t measured_chunks, measure_tickets, tickets;
+  uint32_t measured_chunks, measure_tickets, tickets;
   int32_t chunks, rows, chunk_bits, measure, verbs, two_pass;
   double settings[kSettings];
 };
@@ -237,15 +237,17 @@ struct Raw {
     if constexpr (kKind != kFloats) store_bytes<2 * V>(p + 2 * int64_t(index), word, stay);
   }
 
-  template <class T>
-  LRK_DEVICE void get(Dtype dtype, T (&values)[V]) const {
+  // N values from the one at `first` on; `first` is known to the compiler, and even where N is.
+  template <class T, int N>
+  LRK_DEVICE void get(Dtype dtype, int first, T (&values)[N]) const {
     if (kKind == kFloats || dtype == kFloat32) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) values[i] = T(bits_to_float(word[i]));
+      for (int i = 0; i < N; ++i) values[i] = T(bits_to_float(word[first + i]));
     } else if (kKind == kAnything && dtype == kFloat64) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const uint64_t bits = word[2 * i % kWords] | uint64_t(word[(2 * i + 1) % kWords]) << 32;
+      for (int i = 0; i < N; ++i) {
+        const int low = 2 * (first + i) % kWords;
+        const uint64_t bits = word[low] | uint64_t(word[(low + 1) % kWords]) << 32;
         double value;
         memcpy(&value, &bits, sizeof value);
         values[i] = T(value);
@@ -253,41 +255,42 @@ struct Raw {
     } else {
       const bool brain = dtype == kBFloat16;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const uint16_t half = uint16_t(word[i / 2] >> (16 * (i % 2)));
+      for (int i = 0; i < N; ++i) {
+        const auto half = uint16_t(word[(first + i) / 2] >> (16 * (i % 2)));
         values[i] = T(brain ? from_bfloat16(half) : from_float16(half));
       }
     }
   }
 
-  // round(value, i) makes 16 bits of element i.
-  template <class T, class F>
-  LRK_DEVICE void set_halves(const T (&values)[V], F round) {
+  // round(value, i) makes 16 bits of values[i].
+  template <class T, int N, class F>
+  LRK_DEVICE void set_halves(int first, const T (&values)[N], F round) {
 #pragma unroll
-    for (int i = 0; i < V; i += 2) {
-      word[i / 2] = round(float(values[i]), i);
-      if (i + 1 < V) word[i / 2] |= uint32_t(round(float(values[i + 1 < V ? i + 1 : i]), i + 1)) << 16;
+    for (int i = 0; i < N; i += 2) {
+      word[(first + i) / 2] = round(float(values[i]), i);
+      if (i + 1 < N) word[(first + i) / 2] |= uint32_t(round(float(values[(i + 1) % N]), i + 1)) << 16;
     }
   }
 
-  template <class T>
-  LRK_DEVICE void set(Dtype dtype, const T (&values)[V]) {
+  template <class T, int N>
+  LRK_DEVICE void set(Dtype dtype, int first, const T (&values)[N]) {
     if (kKind == kFloats || dtype == kFloat32) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) word[i] = float_to_bits(float(values[i]));
+      for (int i = 0; i < N; ++i) word[first + i] = float_to_bits(float(values[i]));
     } else if (kKind == kAnything && dtype == kFloat64) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const double value = double(values[i]);
+      for (int i = 0; i < N; ++i) {
+        const auto value = double(values[i]);
+        const int low = 2 * (first + i) % kWords;
         uint64_t bits;
         memcpy(&bits, &value, sizeof bits);
-        word[2 * i % kWords] = uint32_t(bits);
-        word[(2 * i + 1) % kWords] = uint32_t(bits >> 32);
+        word[low] = uint32_t(bits);
+        word[(low + 1) % kWords] = uint32_t(bits >> 32);
       }
     } else if (dtype == kBFloat16) {
-      set_halves(values, [](float x, int) { return to_bfloat16(x); });
+      set_halves(first, values, [](float x, int) { return to_bfloat16(x); });
     } else {
-      set_halves(values, [](float x, int) { return to_float16(x); });
+      set_halves(first, values, [](float x, int) { return to_float16(x); });
     }
   }
 };
@@ -387,8 +390,8 @@ template <Rule kRule>
 struct Shared {
   double control[kRingAt];
   double multiplier, unscale;
-  unsigned long long ticket;
-  bool last, skip;
+  unsigned int ticket;
+  bool last, skip, found_inf;
   Packed row;
   double sums[kWarps][kSums];
   alignas(16) unsigned char task[sizeof(Task<kRule, double>)];
@@ -481,12 +484,12 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chu
   row.prev = advanced(row.prev, row.prev_dtype, begin);
 }
 
-// U times V neighbours, those that are there: load, measure, apply, store.
+// U times V neighbours, those that are there: load all of them, then measure and apply a few at a time, and store.
 template <Rule kRule, Kind kKind, bool kFull, int V, int U, class T>
 LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, const StepOf<kRule, T>& step,
                              const int32_t (&at)[U], const bool (&there)[U], double (&sums)[kSums]) {
   using Words = Raw<kKind, V>;
-  constexpr int kOurStates = kRule == kSgd ? 1 : kStates;
+  constexpr int kFew = V < 4 ? V : 4, kOurStates = kRule == kSgd ? 1 : kStates;
   const bool applying = task.applying, measuring = task.measuring;
   const auto needs = [&](int k) {  // state k
     if (!row.states[k] || applying) return row.states[k] != nullptr;
@@ -500,108 +503,105 @@ LRK_DEVICE void run_elements(const Packed& row, const Task<kRule, T>& task, cons
   const Dtype updated_dtype = has_master ? kFloat32 : row.param_dtype;
   const Stay stay = applying ? kDone : kUseful;
 
-  Words grad_words[U], param_words[U], state_words[U][kOurStates], prev_words[U];
+  Words grads[U], params[U], states[U][kOurStates], prevs[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (!there[u]) continue;
-    grad_words[u].load(row.grad, row.grad_dtype, at[u], stay);
-    if (applying) param_words[u].load(updated, updated_dtype, at[u], kUseful);
+    grads[u].load(row.grad, row.grad_dtype, at[u], stay);
+    if (applying) params[u].load(updated, updated_dtype, at[u], kUseful);
 #pragma unroll
     for (int k = 0; k < kOurStates; ++k)
-      if (needs(k)) state_words[u][k].load(row.states[k], row.state_dtype, at[u], stay);
-    if (kFull && task.has_prev) prev_words[u].load(row.prev, row.prev_dtype, at[u], stay);
+      if (needs(k)) states[u][k].load(row.states[k], row.state_dtype, at[u], stay);
+    if (kFull && task.has_prev) prevs[u].load(row.prev, row.prev_dtype, at[u], stay);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (!there[u]) continue;
-    T grad[V], states[kOurStates][V];
-    grad_words[u].get(row.grad_dtype, grad);
+    Words rounded;  // of a float32 master
 #pragma unroll
-    for (int i = 0; i < V; ++i) grad[i] = grad[i] * task.unscale;
+    for (int few = 0; few < V; few += kFew) {
+      T grad[kFew], state[kOurStates][kFew];
+      grads[u].get(row.grad_dtype, few, grad);
 #pragma unroll
-    for (int k = 0; k < kOurStates; ++k) {
+      for (int i = 0; i < kFew; ++i) grad[i] = grad[i] * task.unscale;
 #pragma unroll
-      for (int i = 0; i < V; ++i) states[k][i] = T(0);
-      if (needs(k)) state_words[u][k].get(row.state_dtype, states[k]);
-    }
-    if (measuring) {
-      T prev[V] = {}, direction[V] = {};
-      if (kFull && task.has_prev) prev_words[u].get(row.prev_dtype, prev);
-      if (task.directed) {
+      for (int k = 0; k < kOurStates; ++k) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if constexpr (kRule == kSgd)
-            direction[i] = kFull && task.momentumless ? prev[i] : states[0][i];
-          else
-            direction[i] = task.moved(states[0][i], step.amsgrad ? states[2][i] : states[1][i]);
+        for (int i = 0; i < kFew; ++i) state[k][i] = T(0);
+        if (needs(k)) states[u][k].get(row.state_dtype, few, state[k]);
+      }
+      if (measuring) {
+        T prev[kFew] = {}, direction[kFew] = {};
+        if (kFull && task.has_prev) prevs[u].get(row.prev_dtype, few, prev);
+        if (task.directed) {
+#pragma unroll
+          for (int i = 0; i < kFew; ++i) {
+            if constexpr (kRule == kSgd)
+              direction[i] = kFull && task.momentumless ? prev[i] : state[0][i];
+            else
+              direction[i] = task.moved(state[0][i], step.amsgrad ? state[2][i] : state[1][i]);
+          }
+        }
+        add<kFull>(sums, grad, task.directed, direction, task.has_prev, prev);
+      }
+      if (!applying) continue;
+      if (kFull && row.write_prev) prevs[u].set(row.prev_dtype, few, grad);
+      T param[kFew], before[kFew];
+      params[u].get(updated_dtype, few, param);
+#pragma unroll
+      for (int i = 0; i < kFew; ++i) {
+        before[i] = param[i];
+        if constexpr (kRule == kSgd)
+          step(param[i], grad[i] * task.scale, state[0][i]);
+        else
+          step(param[i], grad[i] * task.scale, state[0][i], state[1][i], state[2][i]);
+      }
+      if (kKind != kFloats && task.at_random) {
+        const auto random = [&](int i) { return random_bits(task.key, uint64_t(task.begin + at[u] + few + i)); };
+        if (row.param_dtype == kBFloat16)
+          params[u].set_halves(few, param, [&](float x, int i) { return to_bfloat16_at_random(x, random(i)); });
+        else
+          params[u].set_halves(few, param, [&](float x, int i) { return to_float16_at_random(x, random(i)); });
+      } else {
+        params[u].set(updated_dtype, few, param);
+      }
+      if (kFull && task.moving) {
+        T after[kFew];  // as it will be in memory
+        params[u].get(updated_dtype, few, after);
+#pragma unroll
+        for (int i = 0; i < kFew; ++i) {
+          const double moved = double(after[i]) - double(before[i]);
+          sums[kMoveSq] = fma(moved, moved, sums[kMoveSq]);
         }
       }
-      add<kFull>(sums, grad, task.directed, direction, task.has_prev, prev);
+      if (has_master) rounded.set(row.param_dtype, few, param);
+#pragma unroll
+      for (int k = 0; k < kOurStates; ++k)
+        if (row.states[k]) states[u][k].set(row.state_dtype, few, state[k]);
     }
     if (!applying) continue;
-
-    if (kFull && row.write_prev) {
-      Words kept;
-      kept.set(row.prev_dtype, grad);
-      kept.store(row.prev, row.prev_dtype, at[u], kDone);
-    }
-    T param[V], before[V];
-    param_words[u].get(updated_dtype, param);
+    params[u].store(updated, updated_dtype, at[u], kUseful);
+    if (has_master) rounded.store(row.param, row.param_dtype, at[u], kUseful);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      before[i] = param[i];
-      if constexpr (kRule == kSgd)
-        step(param[i], grad[i] * task.scale, states[0][i]);
-      else
-        step(param[i], grad[i] * task.scale, states[0][i], states[1][i], states[2][i]);
-    }
-    Words result;
-    if (kKind != kFloats && task.at_random) {
-      const auto random = [&](int i) { return random_bits(task.key, uint64_t(task.begin + at[u] + i)); };
-      if (row.param_dtype == kBFloat16)
-        result.set_halves(param, [&](float x, int i) { return to_bfloat16_at_random(x, random(i)); });
-      else
-        result.set_halves(param, [&](float x, int i) { return to_float16_at_random(x, random(i)); });
-    } else {
-      result.set(updated_dtype, param);
-    }
-    result.store(updated, updated_dtype, at[u], kUseful);
-    if (kFull && task.moving) {
-      T after[V];  // as it is in memory now
-      result.get(updated_dtype, after);
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const double moved = double(after[i]) - double(before[i]);
-        sums[kMoveSq] = fma(moved, moved, sums[kMoveSq]);
-      }
-    }
-    if (has_master) {
-      result.set(row.param_dtype, param);
-      result.store(row.param, row.param_dtype, at[u], kUseful);
-    }
-#pragma unroll
-    for (int k = 0; k < kOurStates; ++k) {
-      if (!row.states[k]) continue;
-      Words words;
-      words.set(row.state_dtype, states[k]);
-      words.store(row.states[k], row.state_dtype, at[u], kDone);
-    }
+    for (int k = 0; k < kOurStates; ++k)
+      if (row.states[k]) states[u][k].store(row.states[k], row.state_dtype, at[u], kDone);
+    if (kFull && row.write_prev) prevs[u].store(row.prev, row.prev_dtype, at[u], kDone);
   }
 }
 
-// How many neighbours make up 16 bytes of the usual tensor, and how many times that a thread has under way.
-template <Rule kRule, Kind kKind>
-struct Width {
-  static constexpr int kVector = kKind == kFloats ? 4 : (kKind == kHalves ? 8 : 2);
-  static constexpr int kTimes = kRule == kSgd && kKind == kFloats ? 2 : 1;
-};
+// How many neighbours make up 16 bytes of the narrowest tensor; where there is float64, of that.
+LRK_RULE constexpr int width_of(Kind kind, bool wide) {
+  return kind == kFloats ? 4 : (kind == kHalves ? 8 : (wide ? 2 : 1));
+}
 
 template <Rule kRule, Kind kKind, bool kFull, class T>
 LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
   const Packed& row = shared.row;  // read again for each element: registers are dearer than shared memory
   const Task<kRule, T>& task = *reinterpret_cast<const Task<kRule, T>*>(shared.task);
   const StepOf<kRule, T> step = task.step;
-  constexpr int V = Width<kRule, kKind>::kVector, U = Width<kRule, kKind>::kTimes, S = 2;
+  constexpr int V = width_of(kKind, sizeof(T) == sizeof(double));
+  constexpr int U = kRule == kSgd && kKind == kFloats ? 2 : 1;    // so many vectors are under way at once
+  constexpr int S = kRule == kSgd && kKind != kAnything ? 2 : 1;  // and single elements
   const int32_t size = task.size, head = row.head;
   const int32_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
   for (int32_t j = int32_t(threadIdx.x); j < vectors; j += U * kThreads) {
@@ -661,6 +661,7 @@ LRK_DEVICE double sum_of_block(Shared<kRule>& shared, double (&sums)[kSums]) {
 template <Rule kRule, bool kFull>
 LRK_DEVICE void sum_of_chunks(const Arguments& args, Shared<kRule>& shared, bool measuring, bool applying) {
   double sums[kSums] = {};
+#pragma unroll 2
   for (int32_t chunk = int32_t(threadIdx.x); chunk < args.chunks; chunk += kThreads) {
 #pragma unroll
     for (int k = 0; k < kTaken<kFull>; ++k)
@@ -693,18 +694,18 @@ LRK_DEVICE void no_sums(Shared<kRule>& shared) {
 
 // Runs the chunks of the tickets up to `limit`; `ahead`, of the first thread, is the ticket that comes next. How many.
 template <Rule kRule, Kind kKind, bool kFull>
-LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned long long& ahead,
-                                    unsigned long long limit, bool measuring, bool applying) {
+LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned int& ahead,
+                                    unsigned int limit, bool measuring, bool applying) {
   const bool backwards = args.two_pass && applying;  // what was measured last is still in the cache
   const bool summing = kFull || measuring;
-  const auto chunk_of = [&](unsigned long long ticket) {  // -1: nothing to do
-    const bool work = !shared.skip && (backwards || ticket < (unsigned long long)(args.measured_chunks));
+  const auto chunk_of = [&](unsigned int ticket) {  // -1: nothing to do
+    const bool work = !shared.skip && (backwards || ticket < args.measured_chunks);
     return work ? int32_t(backwards ? limit - 1 - ticket : ticket) : -1;
   };
   unsigned int done = 0;
   for (;; ++done) {
     if (threadIdx.x == 0) {
-      const unsigned long long ticket = shared.ticket = ahead;
+      const unsigned int ticket = shared.ticket = ahead;
       const int32_t chunk = ticket < limit ? chunk_of(ticket) : -1;
       if (chunk >= 0) {
         const int32_t row = row_with(args, chunk), in_row = chunk - first_chunk(args, row);
@@ -718,10 +719,10 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
         else
           prepare<kRule, float>(args, shared, in_row, measuring, applying);
       }
-      if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1ull);  // under way while this chunk is worked on
+      if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1u);  // under way while this chunk is worked on
     }
     __syncthreads();
-    const unsigned long long ticket = shared.ticket;
+    const unsigned int ticket = shared.ticket;
     if (ticket >= limit) break;
     const int32_t chunk = chunk_of(ticket);
     double sums[kSums] = {};
@@ -763,32 +764,46 @@ LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count w
 
 // Fewer registers for each thread, or fewer threads: as much as spills nothing.
 template <Rule kRule, Kind kKind, bool kFull>
-constexpr int kBlocks = kKind == kFloats && (kRule == kSgd || !kFull) ? 3 : 2;
+constexpr int kBlocks = kKind == kFloats ? (kRule == kSgd && !kFull ? 5 : 4) : (kRule == kSgd ? 4 : 3);
 
 template <Rule kRule, Kind kKind, bool kFull>
 __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
     run_step(const __grid_constant__ Arguments args) {
   __shared__ Shared<kRule> shared;
   Counters& counters = *args.counters;
-  unsigned long long ahead = threadIdx.x == 0 ? atomicAdd(&counters.tickets, 1ull) : 0ull;
-  const auto tickets = (unsigned long long)(args.tickets), measure_tickets = (unsigned long long)(args.measure_tickets);
-  const bool found_inf = args.found_inf && *args.found_inf != 0;
-  const bool two_pass = args.two_pass, applying = args.verbs & kApplyVerb;
+  unsigned int ahead = threadIdx.x == 0 ? atomicAdd(&counters.tickets, 1u) : 0u;
   if (threadIdx.x == 0) {
     shared.unscale = args.grad_scale ? 1.0 / double(*args.grad_scale) : 1.0;
-    shared.skip = found_inf;
+    shared.skip = shared.found_inf = args.found_inf && *args.found_inf != 0;
     shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed to measure
   }
 
-  if (measure_tickets > 0) {
+  // First the tickets that measure, if there are any apart, then those that apply: one loop, so that the code for the
+  // chunks is there once.
+#pragma unroll 1
+  for (bool first = args.measure_tickets > 0;; first = false) {
+    const bool measuring = first || (!args.two_pass && args.measure != 0);
+    if (!first) {
+      if (!(args.verbs & kApplyVerb)) break;
+      // A block that came too late to apply anything has not waited, and must not read what may be being decided.
+      if (args.measure_tickets > 0 && shared.ticket >= args.tickets) break;
+      read_control(args, shared);
+      if (threadIdx.x == 0) {
+        if (!args.two_pass) begin(shared.control, shared.found_inf);
+        shared.skip = shared.control[kSkip] != 0;
+        shared.multiplier = at(args.table, args.table_size, shared.control[kStep]);
+      }
+    }
     __syncthreads();
-    const unsigned long long done = run_tickets<kRule, kKind, kFull>(args, shared, ahead, measure_tickets, true, false);
-    if (completes(shared.last, &counters.measured, done, measure_tickets)) {
+    const unsigned int done = run_tickets<kRule, kKind, kFull>(
+        args, shared, ahead, first ? args.measure_tickets : args.tickets, measuring, !first);
+    if (!first) break;
+    if (completes(shared.last, &counters.measured, done, args.measure_tickets)) {
       read_control(args, shared);
       if (args.verbs & kMeasureVerb) {
-        if (threadIdx.x == 0) begin(shared.control, found_inf);
+        if (threadIdx.x == 0) begin(shared.control, shared.found_inf);
         __syncthreads();
-        if (found_inf)
+        if (shared.found_inf)
           no_sums(shared);
         else
           sum_of_chunks<kRule, kFull>(args, shared, true, false);
@@ -800,33 +815,21 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
       __syncthreads();
       if (threadIdx.x == 0) store_release(&counters.decided, 1u);
     }
-    if (threadIdx.x == 0 && ahead < tickets) {
+    if (threadIdx.x == 0 && ahead < args.tickets) {
       while (load_acquire(&counters.decided) == 0) __nanosleep(100);
     }
     __syncthreads();
   }
 
-  // A block that came too late to apply anything has not waited, and must not read what may be being decided.
-  if (applying && (measure_tickets == 0 || shared.ticket < tickets)) {
-    read_control(args, shared);
-    if (threadIdx.x == 0) {
-      if (!two_pass) begin(shared.control, found_inf);
-      shared.skip = shared.control[kSkip] != 0;
-      shared.multiplier = at(args.table, args.table_size, shared.control[kStep]);
-    }
-    __syncthreads();
-    run_tickets<kRule, kKind, kFull>(args, shared, ahead, tickets, !two_pass && args.measure != 0, true);
-  }
-
   if (!completes(shared.last, &counters.left, 1u, gridDim.x)) return;
 
   // The last block: everything is done and seen.
-  if (applying) {
-    if (two_pass) read_control(args, shared);
-    const bool skipped = shared.control[kSkip] != 0, decides = !two_pass && args.measure != 0;
+  if (args.verbs & kApplyVerb) {
+    if (args.two_pass) read_control(args, shared);
+    const bool skipped = shared.control[kSkip] != 0, decides = !args.two_pass && args.measure != 0;
     if (!skipped)
       sum_of_chunks<kRule, kFull>(args, shared, decides, true);
-    else if (!two_pass)
+    else if (!args.two_pass)
       no_sums(shared);
     if (threadIdx.x == 0 && decides) decide_alone(args, shared.control, kRule, false);
     for (int32_t i = int32_t(threadIdx.x); i < args.rows && !skipped; i += kThreads) {
@@ -912,11 +915,6 @@ int8_t head_of(const Row& row, int vector) {
   return -1;
 }
 
-int vector_of(Kind kind) {
-  return kind == kFloats ? Width<kSgd, kFloats>::kVector
-                         : (kind == kHalves ? Width<kSgd, kHalves>::kVector : Width<kSgd, kAnything>::kVector);
-}
-
 int chunk_bits_of(const std::vector<Row>& rows) {
   int64_t elements = 0;
   int bits = kChunkBits;
@@ -948,7 +946,7 @@ int64_t fill(const Job& job, Kind kind, int chunk_bits, int64_t groups, uint64_t
     to.prev_dtype = row.prev_dtype;
     to.read_prev = row.prev_read != nullptr;
     to.write_prev = row.prev_write != nullptr;
-    to.head = head_of(row, vector_of(kind));
+    to.head = head_of(row, width_of(kind, row.param_dtype == kFloat64));
     *first++ = int32_t(chunks);
     chunks += (row.numel + (int64_t(1) << chunk_bits) - 1) >> chunk_bits;
   }
@@ -997,9 +995,9 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   args.table_size = job.table_size;
   args.decay_size = job.decay_size;
   args.history_size = job.history_size;
-  args.measured_chunks = verbs & kMeasureVerb ? chunks : 0;
-  args.measure_tickets = decides ? std::max<int64_t>(args.measured_chunks, 1) : 0;
-  args.tickets = args.measure_tickets + (verbs & kApplyVerb ? chunks : 0);
+  args.measured_chunks = verbs & kMeasureVerb ? uint32_t(chunks) : 0;
+  args.measure_tickets = decides ? std::max(args.measured_chunks, 1u) : 0;
+  args.tickets = args.measure_tickets + (verbs & kApplyVerb ? uint32_t(chunks) : 0);
   args.chunks = int32_t(chunks);
   args.rows = int32_t(rows);
   args.chunk_bits = chunk_bits;
