@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
 
 import emulator
 import numpy as np
@@ -22,7 +24,7 @@ from test_ops import (
     randn,
 )
 
-from lrkernels.layout import Control, Measure, Setting, Verb
+from lrkernels.layout import ClosedLoopKind, Control, Measure, Setting, Verb
 
 pytestmark = pytest.mark.skipif(not emulator.available, reason="there is no g++")
 
@@ -314,3 +316,151 @@ def test_what_is_measured(measure, two_pass, kernels):
     prev = torch.float32 if measure == ALL else None
     job = make([(17,), (300,)], rule, hyper=hyper_row(**row), measure=measure, two_pass=two_pass, prev=prev)
     assert_is_eager(job, kernels, steps=2)
+
+
+def with_found_inf(job):
+    job.found_inf = torch.ones(1)
+
+
+def with_scale(job):
+    job.grad_scale, job.found_inf = torch.tensor([1024.0]), torch.zeros(1)
+
+
+def with_nonfinite(job):
+    job.settings[Setting.SKIP_NONFINITE] = 1.0
+    job.grads[0][3] = torch.inf
+
+
+def with_normalized(job):
+    job.settings[Setting.NORMALIZE] = 1.0
+
+
+def with_alignment(job):
+    job.settings[[Setting.CLOSED_LOOP, Setting.KAPPA]] = f64([ClosedLoopKind.ALIGNMENT, 0.3])
+    job.settings[Setting.LAG] = float(not job.two_pass)
+    job.table = f64([1.0, 0.5])
+
+
+def with_gala(job):
+    job.settings[[Setting.CLOSED_LOOP, Setting.DELTA]] = f64([ClosedLoopKind.GALA, 1.0])
+
+
+def with_volsched(job):
+    job.settings[[Setting.CLOSED_LOOP, Setting.WINDOW, Setting.CAPACITY]] = f64([ClosedLoopKind.VOL_SCHED, 2.0, 4.0])
+    job.control = torch.cat([job.control, torch.ones(3, dtype=torch.float64)])
+    job.control[Control.SIGNAL] = 1.5
+    job.decay = f64([1.0, 0.9, 0.8])
+
+
+CHANGES = [with_found_inf, with_scale, with_nonfinite, with_normalized, with_alignment, with_gala, with_volsched]
+
+
+@orders
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_decisions_are_those_of_eager(change, two_pass, kernels):
+    rule, row = CASES["sgd-momentum"]
+    job = make([(33,), (300,)], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    change(job)
+    assert_is_eager(job, kernels, steps=2)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kept", ["master", "at random"])
+def test_low_precision(kept, half, kernels):
+    rule, row = CASES["sgd-momentum"]
+    job = make([(1025,), (7,), ()], rule, half, state_dtype=torch.float32, hyper=hyper_row(**row), measure=ALL)
+    if kept == "master":
+        job.master = [p.float() for p in job.params]
+    else:
+        job.settings[Setting.STOCHASTIC_ROUNDING] = 1.0
+    assert_is_eager(job, kernels, steps=2)
+
+
+FRAME = 7.0
+
+
+def framed(tensors, offsets):
+    """The tensors again, each so many elements behind an aligned address, in the middle of sevens."""
+    frames = [torch.full((x.numel() + 32,), FRAME, dtype=x.dtype) for x in tensors]
+    views = [frame[16 + k :][: x.numel()].copy_(x) for frame, x, k in zip(frames, tensors, offsets, strict=True)]
+    return frames, views
+
+
+@orders
+@pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 0, 0), (2, 0, 2, 3)], ids=str)
+def test_tensors_that_begin_between_the_vectors(offsets, two_pass, kernels):
+    """Alike, they have a head and a tail of single elements; otherwise there are no vectors. Nothing else is written."""
+    rule, row = CASES["sgd-momentum"]
+    job = make([(2,), (66,), (1030,)], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    eager, frames = job.copy().run("eager"), []
+    for name, offset in zip(("params", "grads", "state0", "prev_write"), offsets, strict=True):
+        around, views = framed(getattr(job, name), [offset] * 3)
+        setattr(job, name, views)
+        frames += [(frame, view.numel(), offset) for frame, view in zip(around, views, strict=True)]
+    emulate(job, kernels)
+    assert_same_bits(eager, job, LEARNT)
+    for frame, size, offset in frames:
+        assert (frame[: 16 + offset] == FRAME).all() and (frame[16 + offset + size :] == FRAME).all()
+
+
+@orders
+def test_more_rows_than_an_argument_holds(two_pass, kernels):
+    """They go through device memory."""
+    job = make([(i % 5,) for i in range(400)], prev=torch.float32, measure=ALL, two_pass=two_pass)
+    assert_is_eager(job, kernels)
+
+
+# What becomes of which text of the kernels, and what is said of it; None: the result is wrong.
+BROKEN = {
+    "no barrier in a block's sum": (
+        ("  __syncthreads();\n  double sum = 0;", "  double sum = 0;"),
+        "no thread|race on",
+    ),
+    "no fence before a count": (
+        ("Count whole) {\n  __threadfence();", "Count whole) {"),
+        "race on .* written by block",
+    ),
+    "no wait for the decision": (("while (load_acquire(&counters.decided) == 0) __nanosleep(100);", ";"), "race on"),
+    "no decision": (("store_release(&counters.decided, 1u)", "(void)0"), "deadlock"),
+    "a decision without release": (("store_release(&counters.decided, 1u)", "counters.decided = 1"), "race on"),
+    "counters not left at zero": (("counters.left = counters.decided = 0", "(void)0"), "counters at zero"),
+    "an element too few": (("scalars = size - vectors * V", "scalars = size - vectors * V - 1"), None),
+    "a vector too many": (("(size - head) / V;", "(size - head + V - 1) / V;"), None),
+    "vectors without regard to alignment": (
+        ("if (std::all_of(std::begin(tensors), std::end(tensors), aligned))", "(void)aligned;"),
+        "misaligned",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_copy_of_the_kernels_is_noticed(change, message):
+    text = only(emulator.changed(KERNELS, *change), "run_step<kSgd, kFloats, true>")
+    library = emulator.build(text, "runner.cpp")
+    found = []
+    for seed in range(4):
+        job = make([(CHUNK + 1,), (37,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=True)
+        if message == "misaligned":
+            job.params = framed(job.params, [1, 1])[1]
+        eager = job.copy().run("eager")
+        try:
+            assert_same_bits(eager, emulate(job, library, seed=seed, multiprocessors=3, resident=1 + seed), LEARNT)
+            assert_same_decisions(eager, job, 1e-11)
+        except (AssertionError, emulator.EmulatedError) as error:
+            found.append(error)
+    assert found
+    if message is not None:
+        assert re.search(message, str(found[0])), found
+
+
+@pytest.mark.skipif(SANITIZERS, reason="this is that process")
+def test_under_the_address_and_undefined_behaviour_sanitizers():
+    """Whatever reads or writes outside of a tensor, on the device or on the host."""
+    libraries = [emulator.library_path("libasan.so"), emulator.library_path("libubsan.so")]
+    environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "LRKERNELS_SANITIZERS": "1"}
+    names = "sgd-momentum-two-passes or has_the_same_bits or begin_between"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, __file__]
+    result = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]

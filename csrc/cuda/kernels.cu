@@ -462,7 +462,9 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chu
   const bool at_random = applying && half && !row.master && args.settings[kStochasticRounding] != 0;
   const int64_t begin = int64_t(chunk_in_row) << args.chunk_bits, rest = row.numel - begin;
   const bool has_prev = measuring && row.read_prev && row.counts[kHasPrev] != 0;
-  Piece piece{begin, int32_t(rest < (int64_t(1) << args.chunk_bits) ? rest : int64_t(1) << args.chunk_bits)};
+  Piece piece;
+  piece.begin = begin;
+  piece.size = int32_t(rest < (int64_t(1) << args.chunk_bits) ? rest : int64_t(1) << args.chunk_bits);
   piece.direction_sign = momentumless ? 1.0 : sign;  // a direction points uphill where one climbs; a gradient does not
   piece.key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
   piece.measuring = measuring;
@@ -714,10 +716,10 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
           const uint64_t word = row_word(args, row, i);
           memcpy(reinterpret_cast<char*>(&shared.row) + 8 * i, &word, sizeof word);
         }
-        if (kKind == kAnything && shared.row.param_dtype == kFloat64)
-          prepare<kRule, double>(args, shared, in_row, measuring, applying);
-        else
-          prepare<kRule, float>(args, shared, in_row, measuring, applying);
+        const bool wide = kKind == kAnything && shared.row.param_dtype == kFloat64;
+        if constexpr (kKind == kAnything)
+          if (wide) prepare<kRule, double>(args, shared, in_row, measuring, applying);
+        if (!wide) prepare<kRule, float>(args, shared, in_row, measuring, applying);
       }
       if (ticket < limit) ahead = atomicAdd(&args.counters->tickets, 1u);  // under way while this chunk is worked on
     }

@@ -76,6 +76,12 @@ def build(text: str, *parts: str, sanitizers: bool = False) -> Path:
     return _made(BUILD / f"kernels-{_digest(objects)}.so", *link)
 
 
+def library_path(name: str) -> str:
+    """Return where g++ has a library."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 class EmulatedError(RuntimeError):
     """A race, a deadlock, or a misuse of CUDA, with the block, the thread, and the lines."""
 
