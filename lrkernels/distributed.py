@@ -58,16 +58,17 @@ class Spread:
     mesh that has the first process. A plain tensor beside ``DTensor`` s is on all of the mesh's processes.
     """
 
-    def __init__(self, params: list[Tensor], process_group: Any) -> None:
+    def __init__(self, params: list[Any], process_group: Any) -> None:
         self.at = [i for i, p in enumerate(params) if is_spread(p)]
         self.groups: list[Any] = []  # one all-reduce over each
         self.apart = ""  # why there can be none
         self.counted = [True] * len(params)
         ranks: set[int] = set()
         if self.at:
-            ranks = self._find_mesh([params[i] for i in self.at])
-            first = min(ranks)
-            self.counted = [self._counts(p, first) for p in params]
+            meshes = {params[i].device_mesh: None for i in self.at}
+            members = {mesh: set(mesh.mesh.flatten().tolist()) for mesh in meshes}
+            ranks = self._sum_over(members)
+            self.counted = [self._counts(p, min(ranks), members) for p in params]
         if process_group is not None:
             both = sorted(ranks.intersection(dist.get_process_group_ranks(process_group)))
             if len(both) > 1:
@@ -77,14 +78,14 @@ class Spread:
                 )
             self.groups.append(process_group)
 
-    def _find_mesh(self, params: list[Any]) -> set[int]:
-        """Take the groups of the largest mesh, and return its ranks."""
-        meshes = {p.device_mesh: set(p.device_mesh.mesh.flatten().tolist()) for p in params}
-        mesh = max(meshes, key=lambda mesh: mesh.size())
-        apart = [sorted(ranks) for ranks in meshes.values() if not ranks <= meshes[mesh]]
-        if apart or any(each.get_coordinate() is None for each in meshes):
+    def _sum_over(self, members: dict[Any, set[int]]) -> set[int]:
+        """Find the groups that reach all of the largest mesh, and return its ranks."""
+        mesh = max(members, key=lambda mesh: mesh.size())
+        ranks = members[mesh]
+        apart = [sorted(others) for others in members.values() if not others <= ranks]
+        if apart or any(each.get_coordinate() is None for each in members):
             self.apart = (
-                f"lrkernels: the parameters are DTensors on meshes of the ranks {sorted(meshes[mesh])} and "
+                f"lrkernels: the parameters are DTensors on meshes of the ranks {sorted(ranks)} and "
                 f"{apart or 'without this process'}, and no mesh holds all of them, so nothing can be measured over "
                 "the whole model; put them on parts of one mesh, or make an optimizer for each"
             )
@@ -93,14 +94,17 @@ class Spread:
         elif mesh.size() > 1:  # torch has no group for all of a mesh's processes, but for all there are
             whole = mesh.size() == dist.get_world_size()
             self.groups = [dist.group.WORLD] if whole else list(mesh.get_all_groups())
-        return meshes[mesh]
+        return ranks
 
-    def _counts(self, p: Any, first: int) -> bool:
+    def _counts(self, p: Any, first: int, members: dict[Any, set[int]]) -> bool:
         """Whether this process is the one that counts the parameter's elements."""
         if not is_spread(p):
             return dist.get_rank() == first
-        coordinates = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
-        return first in p.device_mesh.mesh and all(at == 0 for at, placement in coordinates if placement.is_replicate())
+        mesh = p.device_mesh
+        if self.apart or first not in members[mesh]:
+            return False
+        coordinates = zip(mesh.get_coordinate(), p.placements, strict=True)
+        return all(at == 0 for at, placement in coordinates if placement.is_replicate())
 
     # -- what the kernels get -----------------------------------------------------------------------------------------
 

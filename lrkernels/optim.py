@@ -500,7 +500,8 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 "lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
                 f"{tuple(new[0].shape)} was changed in place since, so it is lost; call "
-                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store'"
+                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store' (as with "
+                "DistributedDataParallel's gradient_as_bucket_view=True, whose gradients stay its own)"
             )
         return [self._kept[p][0] if p in self._kept else None for p in plan.params]
 
