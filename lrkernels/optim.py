@@ -393,8 +393,10 @@ class FusedOptimizer(Optimizer):
 
         So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
         """
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
+        for group in self.param_groups:
+            self._check_group(group)
+            if float(group["lr"]) != 0.0:
+                return False
         self._refuse(plan, grads)
         zero = not self.state and not any(bool(local(grad).any()) for grad in grads if grad is not None)
         if plan.spread is not None:

@@ -287,6 +287,7 @@ def gala_on_the_same_batch(folder):
         for i, batch in enumerate(batches()):
             if i == 2:
                 dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=f"{folder}/same-batch-{name}")
+                optimizer.zero_grad()  # torch makes states only where there are no gradients
                 optimizer = kind(model.parameters(), **options | {"lr": 99.0}, schedule=schedule)
                 state = get_optimizer_state_dict(model, optimizer)
                 dcp.load(state, checkpoint_id=f"{folder}/same-batch-{name}")
