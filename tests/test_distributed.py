@@ -721,6 +721,14 @@ def refusals(folder):
     with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", replicated):
         replicated.load_state_dict(spread_out.state_dict())
 
+    for change in (lambda grad: grad.add_(1), lambda grad: grad.to_local().add_(1)):
+        swapping = FusedSGD([p], track="alignment", prev_grad="swap")
+        swapping.step()
+        with torch.no_grad():
+            change(p.grad)
+        with refused(RuntimeError, "^lrkernels: prev_grad='swap' keeps each gradient until the next step", swapping):
+            swapping.step()
+
     mirrored = DeviceMesh("cpu", [1, 0])
     q.grad = None
     q.grad = spread(torch.randn(6, 2), mirrored, [Replicate()])
