@@ -56,10 +56,9 @@ class Stats(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def settings_row(closed_loop: ClosedLoop | None, max_grad_norm: float | None) -> Tensor:
-    """Return what the decision is told, in the order of ``layout.Setting``."""
-    values: dict[Setting, float] = dict.fromkeys(Setting, 0.0)
-    values[Setting.MAX_GRAD_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+def settings_row(closed_loop: ClosedLoop | None, given: Mapping[Setting, float]) -> Tensor:
+    """Return what the decision is told, in the order of ``layout.Setting``; what is not ``given`` is off."""
+    values: dict[Setting, float] = {**dict.fromkeys(Setting, 0.0), Setting.MAX_GRAD_NORM: math.inf, **given}
     if closed_loop is not None:
         values[Setting.MIN_LR], values[Setting.MAX_LR] = closed_loop.min_lr, closed_loop.max_lr
     match closed_loop:
@@ -84,11 +83,11 @@ class Controller:
         self,
         open_loop: Callable[[int], float] | None,
         closed_loop: ClosedLoop | None,
-        max_grad_norm: float | None,
+        settings: Mapping[Setting, float],
         history_size: int | None,
     ) -> None:
         self.open_loop, self.closed_loop = open_loop, closed_loop
-        self.settings = settings_row(closed_loop, max_grad_norm)
+        self.settings = settings_row(closed_loop, settings)
         signals = closed_loop.capacity if isinstance(closed_loop, VolSchedule) else 1
         self.control = self._fresh(RING_AT + signals)
         self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)

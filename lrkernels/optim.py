@@ -19,11 +19,12 @@ from . import ops, schedules
 from .closed_loop import AlignmentSchedule, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .layout import HYPERS, Control, Count, Measure, Rule, Sum, Verb
+from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Sum, Verb
 
 __all__ = ["FusedAdamW", "FusedSGD"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 TRACKS = {
     "grad_norm": Measure.NORMS,
     "grad_norm_l1": Measure.NORMS,
@@ -42,7 +43,12 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_prev_grad",
     "_process_group",
     "_backend",
+    "_state_dtype",
+    "_master_weights",
+    "_normalize",
+    "_may_skip",
 )
+MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 _OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
@@ -100,6 +106,13 @@ class FusedOptimizer(Optimizer):
         process_group: add the sums up over these processes, which hold different parameters (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
+        state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
+        master_weights: keep a float32 copy of each bfloat16 or float16 parameter in its state as ``master_param``; the
+            update works on it, and the parameter gets it rounded. Write to both, or to neither (default: False).
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that small updates are not
+            lost; the bits depend on step, parameter and element alone (default: False).
+        skip_nonfinite: a step with a gradient that is not finite changes nothing and counts as skipped; it costs a
+            pass over the gradients ahead of the update (default: False).
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
@@ -123,6 +136,11 @@ class FusedOptimizer(Optimizer):
         process_group: Any,
         backend: str | None,
         history_size: int | None,
+        state_dtype: torch.dtype | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        skip_nonfinite: bool,
+        normalize: bool = False,
     ) -> None:
         open_loop, closed_loop = schedules.split(schedule)
         track = (track,) if isinstance(track, str) else tuple(track)
@@ -131,23 +149,41 @@ class FusedOptimizer(Optimizer):
         _check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
         _check(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
+        known = state_dtype is None or state_dtype in DTYPES
+        _check(known, f"state_dtype must be None or one of {DTYPES}, got {state_dtype}")
+        _check(
+            not (master_weights and stochastic_rounding),
+            "master_weights=True keeps what stochastic_rounding=True rounds away: choose one",
+        )
+        _check(
+            not (normalize and max_grad_norm is not None),
+            "normalize=True makes every step as long as its rate, so max_grad_norm has nothing to clip: leave it out",
+        )
         self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         gala = isinstance(closed_loop, GalaSchedule)
         at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
         self._measure = Measure(0)
         for name in track:
             self._measure |= TRACKS[name]
-        if max_grad_norm is not None:
+        if max_grad_norm is not None or skip_nonfinite:
             self._measure |= Measure.NORMS
-        if isinstance(closed_loop, AlignmentSchedule):
+        if isinstance(closed_loop, AlignmentSchedule) or normalize:
             self._measure |= TRACKS["direction"]
         if gala:
             self._measure |= TRACKS["alignment"]
             self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
-        self._two_pass = max_grad_norm is not None or gala or at_once
+        self._two_pass = max_grad_norm is not None or gala or at_once or skip_nonfinite or normalize
         self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
         self._process_group, self._backend = process_group, backend
-        self._controller = Controller(open_loop, closed_loop, max_grad_norm, history_size)
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._normalize, self._may_skip = normalize, skip_nonfinite
+        settings = {
+            Setting.MAX_GRAD_NORM: math.inf if max_grad_norm is None else max_grad_norm,
+            Setting.SKIP_NONFINITE: float(skip_nonfinite),
+            Setting.NORMALIZE: float(normalize),
+            Setting.STOCHASTIC_ROUNDING: float(stochastic_rounding),
+        }
+        self._controller = Controller(open_loop, closed_loop, settings, history_size)
         self._plan: _Plan | None = None
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
@@ -172,6 +208,9 @@ class FusedOptimizer(Optimizer):
         _check_finite(group, "weight_decay")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
 
+    def _check_together(self) -> None:
+        """Refuse groups that do not go together."""
+
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         """Return the group's row of hyper-parameters, in the order of ``layout.Hyper``."""
         raise NotImplementedError
@@ -189,6 +228,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 _check(not p.is_complex(), f"{type(self).__name__} takes no complex parameters; use torch.view_as_real")
                 _check(p.dtype in DTYPES, f"{type(self).__name__} takes parameters of {DTYPES}, got {p.dtype}")
+            self._check_together()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -205,6 +245,7 @@ class FusedOptimizer(Optimizer):
         if self._seen != seen:
             for group in self.param_groups:
                 self._check_group(group)
+            self._check_together()
             floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
             self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
             rows = [self._hyper(group) for group in self.param_groups]
@@ -248,9 +289,11 @@ class FusedOptimizer(Optimizer):
             counts[Count.HAS_PREV] = float("prev_grad" in state or "prev_param" in state)
         for key in self._state_keys(group):
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(p, dtype=self._state_dtype, memory_format=torch.preserve_format)
                 if key != "max_exp_avg_sq":  # the rule starts anew
                     counts[Count.UPDATES] = 0.0
+        if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
+            state[MASTER] = p.detach().float()
         if self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, prev._version)
@@ -388,7 +431,7 @@ class FusedOptimizer(Optimizer):
             plan.params,
             grads,
             *((plan.states, key) if key else None for key in self._states),
-            None,
+            (plan.states, MASTER) if self._master_weights else None,
             prev_read,
             prev_write,
             plan.groups,
@@ -418,20 +461,19 @@ class FusedOptimizer(Optimizer):
             for p, point in before:
                 self.state[p]["prev_param"] = point
         elif prev_read is not None:
-            self._keep_grads(plan, grads, found_inf, grad_scale)
+            self._keep_grads(plan, grads, found_inf is not None or self._may_skip, grad_scale)
 
-    def _keep_grads(
-        self, plan: _Plan, grads: list[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
-        """Keep the gradients for the next step; copies of them where a gradient scaler scales and may skip."""
+    def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
+        """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
                 continue
             if grad_scale is not None:
                 grad = grad * (1.0 / grad_scale.double()).to(grad.dtype)
-            if found_inf is not None:
+            if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
-                grad = torch.where(found_inf.reshape(()) != 0, old, grad)
+                grad = torch.where(skipped, old, grad)
             self._kept[p] = (grad, grad._version)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
@@ -527,8 +569,10 @@ class FusedOptimizer(Optimizer):
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
         for i, p in enumerate(flat):
-            if i in saved and saved[i].get("prev_grad") is not None:  # torch has rounded it to the parameter's dtype
-                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device)
+            for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
+                if isinstance(value, Tensor) and key != "step":
+                    moment = key in self._states
+                    self.state[p][key] = value.to(p.device, (self._state_dtype or p.dtype) if moment else value.dtype)
             for key, value in self.state.get(p, {}).items():
                 if isinstance(value, Tensor) and key != "step":
                     there = old_state.get(p, {}).get(key)
@@ -563,11 +607,15 @@ class FusedOptimizer(Optimizer):
             "the checkpoint's groups do not number their parameters",
         )
         saved = {i: state[key] for i, key in enumerate(ids) if key in state}
-        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param"}
+        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param", MASTER}
         for i, entry in saved.items():
             _check(isinstance(entry, dict), f"the checkpoint's state of parameter {i} is {type(entry).__name__}")
             foreign = [key for key in entry if key not in known]
             _check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
+            _check(
+                self._master_weights or entry.get(MASTER) is None,
+                "the checkpoint has float32 masters of its parameters; give the optimizer master_weights=True",
+            )
             absent = [key for key in self._required if entry and entry.get(key) is None]
             _check(not absent, f"the checkpoint's state of parameter {i} lacks {absent}")
             for key, value in entry.items():
@@ -628,6 +676,10 @@ class FusedSGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
         zero_init_momentum: start the buffer at zero, as in NSHB, not at the first gradient (default: False).
+        normalize: divide the step by the length of the momentum buffer over all parameters, p <- p - lr m / |m|
+            (without momentum: of the gradient), so that every step is as long as its rate. All groups need the same
+            momentum and dampening; with dampening, ``zero_init_momentum=True``; no Nesterov, no coupled weight decay,
+            no ``max_grad_norm`` (default: False).
 
     The other arguments, and the errors, are :class:`FusedOptimizer`'s.
     """
@@ -659,6 +711,7 @@ class FusedSGD(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         zero_init_momentum: bool = False,
+        normalize: bool = False,
         schedule: Any = None,
         max_grad_norm: float | None = None,
         track: Iterable[str] = (),
@@ -666,6 +719,10 @@ class FusedSGD(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -681,7 +738,20 @@ class FusedSGD(FusedOptimizer):
             "zero_init_momentum": zero_init_momentum,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
+            normalize,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -693,6 +763,23 @@ class FusedSGD(FusedOptimizer):
         _check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
+        )
+        if self._normalize:
+            _check(not group["nesterov"], "normalize=True goes along the momentum buffer, so nesterov must be False")
+            _check(
+                group["weight_decay"] == 0 or group["decoupled_weight_decay"],
+                "normalize=True takes no weight decay inside the gradient; use decoupled_weight_decay=True",
+            )
+            _check(
+                group["momentum"] == 0 or group["dampening"] == 0 or group["zero_init_momentum"],
+                "normalize=True with dampening needs zero_init_momentum=True",
+            )
+
+    def _check_together(self) -> None:
+        pairs = {(group["momentum"], group["dampening"] if group["momentum"] else 0) for group in self.param_groups}
+        _check(
+            not self._normalize or len(pairs) == 1,
+            f"normalize=True needs the same momentum and dampening in all groups, got {sorted(pairs)}",
         )
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
@@ -751,6 +838,10 @@ class FusedAdamW(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -766,7 +857,19 @@ class FusedAdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
