@@ -69,7 +69,7 @@ class _Plan:
         self.device = self.params[0].device if flat else torch.device("cpu")
         devices = sorted({str(p.device) for p in self.params})
         _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
-        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.counts = torch.zeros(len(flat), len(Count), dtype=torch.float32, device=self.device)
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
