@@ -43,7 +43,7 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_process_group",
     "_backend",
 )
-_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
+_LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -553,7 +553,7 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {*_LATER, *saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
