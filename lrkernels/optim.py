@@ -772,11 +772,10 @@ class FusedAdamW(FusedOptimizer):
         super()._check_group(group)
         _check_finite(group, "eps")
         betas = group["betas"]
-        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _check(pair and all(isinstance(x, numbers.Real) for x in betas), f"betas must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            _check(
-                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
-            )
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]
