@@ -49,7 +49,7 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_may_skip",
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
-_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
+_LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -75,7 +75,7 @@ class _Plan:
         self.device = self.params[0].device if flat else torch.device("cpu")
         devices = sorted({str(p.device) for p in self.params})
         _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
-        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.counts = torch.zeros(len(flat), len(Count), dtype=torch.float32, device=self.device)
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
@@ -598,7 +598,7 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {*_LATER, *saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
@@ -876,11 +876,10 @@ class FusedAdamW(FusedOptimizer):
         super()._check_group(group)
         _check_finite(group, "eps")
         betas = group["betas"]
-        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _check(pair and all(isinstance(x, numbers.Real) for x in betas), f"betas must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            _check(
-                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
-            )
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]
