@@ -137,6 +137,11 @@ class Controller:
         return self.control.device
 
     @property
+    def is_new(self) -> bool:
+        """Whether there was no step yet, or none since a checkpoint was loaded."""
+        return self._calls == 0
+
+    @property
     def sums(self) -> Tensor:
         """What MEASURE added up, as a view."""
         return self.control[SUMS_AT : SUMS_AT + len(Sum)]
