@@ -437,7 +437,7 @@ class FusedOptimizer(Optimizer):
         """
         self._rehearsed = False
         rates = [group["lr"] for group in self.param_groups]
-        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(map(float, rates)):
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
             return False  # a rate on the device is not waited for; nor would that function have put it there
         self._refuse(plan, grads)
         zero = not self.state and not any(bool(local(grad).any()) for grad in grads if grad is not None)
