@@ -436,6 +436,8 @@ class FusedOptimizer(Optimizer):
         So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
         """
         self._rehearsed = False
+        for group in self.param_groups:
+            self._check_group(group)
         rates = [group["lr"] for group in self.param_groups]
         if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
             return False  # a rate on the device is not waited for; nor would that function have put it there
