@@ -110,7 +110,6 @@ class FusedOptimizer(Optimizer):
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
     _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
         self,
@@ -157,6 +156,15 @@ class FusedOptimizer(Optimizer):
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands us found_inf and grad_scale, and calls ``step`` all the same.
+
+        accelerate puts a ``step`` of its own in place, and takes each call of it for a step that was made. Under it
+        the scaler unscales, waits and skips as with any optimizer, so ``step_was_skipped`` is right.
+        """
+        return not (getattr(self.step, "__module__", None) or "").startswith("accelerate.")
 
     # -- groups -------------------------------------------------------------------------------------------------------
 

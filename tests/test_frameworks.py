@@ -1,0 +1,259 @@
+"""At home in what people train with: the real packages, each with a run that a user would make."""
+
+import math
+
+import pytest
+import torch
+from cases import LR
+from conftest import BACKENDS, TORCH, assert_close, assert_same_bits, bits, states
+from test_pains import Reads
+from torch import nn
+from torch.amp import GradScaler
+
+from lrkernels import FusedAdamW, FusedSGD, ops, schedules
+
+KINDS = [
+    pytest.param(FusedSGD, {"lr": LR, "momentum": 0.9, "weight_decay": 0.01}, id="sgd"),
+    pytest.param(FusedAdamW, {"lr": 0.01}, id="adamw"),
+]
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def batches(steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(12, 8, generator=generator)
+        yield x, x[:, :3].argmax(1)
+
+
+def same(kind, got, want):
+    """SGD has torch's bits; AdamW's roots are the correctly rounded ones."""
+    if kind is FusedSGD:
+        assert_same_bits(got, want)
+    else:
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# ---- torch.amp ----
+
+UNSCALE = {
+    "scaled": lambda scaler, optimizer, params: None,
+    "unscaled": lambda scaler, optimizer, params: scaler.unscale_(optimizer),
+    "unscaled and clipped": lambda scaler, optimizer, params: (
+        scaler.unscale_(optimizer),
+        nn.utils.clip_grad_norm_(params, 0.5, foreach=False),
+    ),
+}
+
+
+def mixed(model, optimizer, scaler, steps, unscale=UNSCALE["scaled"], dtype=torch.float16):
+    """Train with autocast; return the scale before each step, and whether the parameters moved."""
+    params, trace = list(model.parameters()), []
+    for x, y in batches(steps):
+        before, scale = bits(params), scaler.get_scale()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        unscale(scaler, optimizer, params)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        trace.append((scale, bits(params) != before))
+    return trace
+
+
+@pytest.mark.parametrize("unscale", UNSCALE.values(), ids=UNSCALE)
+@pytest.mark.parametrize(
+    ("scale", "backoff"), [(2.0**24, 0.5), (2.0**24, 0.3), (1000.0, 0.5)], ids=["overflow", "thirds", "not a power"]
+)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_run_under_the_scaler_is_torch_s(kind, options, scale, backoff, unscale):
+    """The first steps overflow in float16: they move nothing, the scale backs off, and grows again later."""
+    runs = []
+    for build in (kind, lambda params, **more: TORCH[kind](params, foreach=False, **more)):
+        model = network()
+        optimizer = build(model.parameters(), **options)
+        scaler = GradScaler("cpu", init_scale=scale, backoff_factor=backoff, growth_interval=8)
+        runs.append((mixed(model, optimizer, scaler, 40, unscale), model, optimizer, scaler))
+    (trace, model, optimizer, scaler), (want, twin, loop, other) = runs
+    assert trace == want
+    skipped = sum(not moved for _, moved in trace)
+    assert (skipped > 3 and not trace[0][1]) if scale > 2**20 else skipped == 0
+    assert optimizer.stats["skipped"] == skipped
+    assert optimizer.stats["step"] == len(optimizer.history()["step"]) == 40 - skipped
+    assert scaler.state_dict() == other.state_dict()
+    same(kind, list(model.parameters()), list(twin.parameters()))
+    same(kind, states(optimizer, model.parameters()), states(loop, twin.parameters()))
+    assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
+
+
+def test_one_scaler_for_two_optimizers():
+    """Each is skipped for its own overflow; torch skips per optimizer too, and backs off once."""
+    runs = []
+    for build in (FusedSGD, lambda params, **more: torch.optim.SGD(params, foreach=False, **more)):
+        first, second = network(), network(1)
+        optimizers = [build(model.parameters(), lr=LR, momentum=0.9) for model in (first, second)]
+        scaler = GradScaler("cpu", init_scale=2.0**10)
+        for step, (x, y) in enumerate(batches(6)):
+            for n, (model, optimizer) in enumerate(zip((first, second), optimizers, strict=True)):
+                scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                if step == 2 * n + 1:
+                    model[0].weight.grad[0, 0] = math.inf
+                scaler.step(optimizer)
+            scaler.update()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        runs.append((list(first.parameters()), list(second.parameters()), scaler.get_scale(), optimizers))
+    (*got, scale, optimizers), (*want, other, _) = runs
+    assert_same_bits(got, want)
+    assert scale == other == 2.0**8
+    assert [float(optimizer.stats["skipped"]) for optimizer in optimizers] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_scaler_that_is_switched_off(kind, options):
+    model, twin = network(), network()
+    optimizer, loop = kind(model.parameters(), **options), kind(twin.parameters(), **options)
+    mixed(model, optimizer, GradScaler("cpu", enabled=False), 5, UNSCALE["unscaled"], torch.bfloat16)
+    mixed(twin, loop, GradScaler("cpu", init_scale=1.0), 5, UNSCALE["scaled"], torch.bfloat16)
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
+def test_a_scheduler_by_hand_learns_of_a_skipped_step_when_it_asks():
+    """Nothing between the backward pass and the next forward pass waits; asking is what does."""
+    model = network()
+    optimizer = FusedSGD(model.parameters(), LR, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    rates, done = [], 0.0
+    for step, (x, y) in enumerate(batches(9)):
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if step in (0, 3, 4):
+            model[2].bias.grad[1] = math.nan
+        with Reads() as reads:
+            scaler.step(optimizer)
+            scaler.update()
+            completed = optimizer.stats["step"]
+        if ops.NATIVE in BACKENDS:
+            assert reads.names == []
+        optimizer.zero_grad()
+        if completed > done:
+            rates.append(float(optimizer.stats["lr"]))
+            scheduler.step()
+        done = completed
+    assert rates == pytest.approx([LR * 0.9**step for step in range(6)], rel=1e-12)
+    assert optimizer.history()["lr"].tolist() == rates
+
+
+# ---- accelerate ----
+
+
+@pytest.fixture
+def accelerator():
+    """A factory; each call begins anew. fp16 is for devices to accelerate: a scaler is put in by hand."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def make(scaler=None, **more):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+        made = accelerate.Accelerator(cpu=True, **more)
+        made.scaler = scaler
+        return made
+
+    yield make
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def accelerated(accelerator, optimizer_of, steps, model=None, scheduler_of=None, poison=(), clip=None):
+    """The loop of accelerate's manual; return the skipped steps and what was prepared."""
+    model = network() if model is None else model
+    optimizer = optimizer_of(model.parameters())
+    scheduler = scheduler_of(optimizer) if scheduler_of else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    data = torch.utils.data.DataLoader([(x, y) for x, y in batches(steps)], batch_size=None)
+    model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
+    skipped, rates = [], []
+    for step, (x, y) in enumerate(data):
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            if step in poison:
+                next(model.parameters()).grad.view(-1)[0] = math.inf
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            skipped.append(optimizer.step_was_skipped)
+            rates.append(scheduler.get_last_lr()[0])
+            scheduler.step()
+            optimizer.zero_grad()
+    return model, optimizer, scheduler, skipped, rates
+
+
+def every_step(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_accelerate_accumulates_and_schedules_as_with_torch_s(kind, options, accelerator):
+    """Its clip and ours, one in the place of the other."""
+    runs = []
+    for build, clip in (
+        (lambda params: kind(params, max_grad_norm=0.5, **options), None),
+        (lambda params: TORCH[kind](params, foreach=False, **options), 0.5),
+    ):
+        made = accelerator(gradient_accumulation_steps=3)
+        runs.append(accelerated(made, build, 20, scheduler_of=every_step, clip=clip))
+    (model, optimizer, _, _, rates), (twin, _, _, _, want) = runs
+    assert rates == want
+    assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-4, atol=1e-5)
+    assert optimizer.optimizer.stats["step"] == 7  # 6 of 3 batches, and the last 2
+    assert (optimizer.optimizer.history()["clip"] < 1).any()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_accelerate_sees_that_a_step_was_skipped(kind, options, accelerator):
+    """It takes a call of step() for a step: its scheduler went on over steps that an overflow had skipped."""
+    runs, poison = [], (0, 3, 4)
+    for build in (lambda params: kind(params, **options), lambda params: TORCH[kind](params, foreach=False, **options)):
+        made = accelerator(scaler=GradScaler("cpu", init_scale=2.0**10))
+        runs.append((*accelerated(made, build, 10, scheduler_of=every_step, poison=poison), made.scaler))
+    (model, optimizer, _, skipped, rates, scaler), (twin, loop, _, also, want, other) = runs
+    assert skipped == also == [step in poison for step in range(10)]
+    assert rates == want
+    assert scaler.state_dict() == other.state_dict()
+    same(kind, list(model.parameters()), list(twin.parameters()))
+    same(kind, states(optimizer.optimizer, model.parameters()), states(loop.optimizer, twin.parameters()))
+    assert optimizer.optimizer.history()["lr"].tolist() == pytest.approx(
+        [rates[s] for s in range(10) if s not in poison]
+    )
+    assert optimizer.optimizer._step_supports_amp_scaling  # elsewhere the step gets the scale, and nothing waits
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_accelerate_saves_and_resumes_bit_for_bit(kind, options, accelerator, tmp_path):
+    more = {"schedule": schedules.alignment(kappa=0.5), "max_grad_norm": 0.5, "track": "alignment"}
+    results = []
+    for stop in (None, 6):
+        made, model = accelerator(scaler=GradScaler("cpu", init_scale=2.0**10)), network()
+        optimizer = kind(model.parameters(), **options, **more)
+        model, optimizer, scheduler = made.prepare(model, optimizer, every_step(optimizer))
+        for step, (x, y) in enumerate(batches(14)):
+            if step == stop:
+                made.save_state(str(tmp_path))
+                made, model = accelerator(scaler=GradScaler("cpu")), network(seed=7)
+                optimizer = kind(model.parameters(), **{**options, "lr": 3.0}, **more)
+                model, optimizer, scheduler = made.prepare(model, optimizer, every_step(optimizer))
+                made.load_state(str(tmp_path))
+            made.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        results.append((list(model.parameters()), states(optimizer.optimizer, model.parameters()), optimizer.optimizer))
+    (*whole, first), (*resumed, second) = results
+    assert_same_bits(resumed, whole)
+    assert second.history()["lr"].tolist() == first.history()["lr"][6:].tolist()
+    assert len(set(first.history()["lr"].tolist())) > 10
