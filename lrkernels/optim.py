@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -63,6 +64,7 @@ class _Plan:
 
     def __init__(self, optimizer: Optimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -76,9 +78,12 @@ class _Plan:
         self.entries = list(self.state.values())
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Whether nobody has exchanged the states, or moved the parameters, since."""
+        """Whether nobody has exchanged the parameters or the states, or moved the parameters, since."""
+        lists = [group["params"] for group in optimizer.param_groups]
         return (
-            self.state is optimizer.state
+            list(map(len, lists)) == self.sizes
+            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
+            and self.state is optimizer.state
             and len(self.entries) == len(self.state)
             and all(map(operator.is_, self.entries, self.state.values()))
             and (not self.params or self.params[0].device == self.device)
