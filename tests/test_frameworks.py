@@ -1,5 +1,6 @@
 """At home in what people train with: the real packages, each with a run that a user would make."""
 
+import logging
 import math
 
 import pytest
@@ -257,3 +258,185 @@ def test_accelerate_saves_and_resumes_bit_for_bit(kind, options, accelerator, tm
     assert_same_bits(resumed, whole)
     assert second.history()["lr"].tolist() == first.history()["lr"][6:].tolist()
     assert len(set(first.history()["lr"].tolist())) > 10
+
+
+# ---- Lightning ----
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@pytest.fixture
+def lightning():
+    """The package, quiet, and a module of it made from a function of the parameters."""
+    lightning = pytest.importorskip("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(lightning.LightningModule):
+        def __init__(self, configure, signal=False):
+            super().__init__()
+            self.network, self.configure, self.signal = network(), configure, signal
+
+        def training_step(self, batch, index):
+            x, y = batch
+            outputs = self.network(x)
+            self.accuracy = (outputs.argmax(1) == y).float().mean()
+            return nn.functional.cross_entropy(outputs, y)
+
+        def on_before_optimizer_step(self, optimizer):
+            if self.signal:
+                optimizer.observe(self.accuracy)
+
+        def configure_optimizers(self):
+            return self.configure(self.parameters())
+
+    return lightning, Module
+
+
+def loader(steps):
+    return torch.utils.data.DataLoader([(x, y) for x, y in batches(steps)], batch_size=None)
+
+
+def precision(name):
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    if name == "16-mixed":  # for the CPU Lightning takes bf16-mixed in its place, unless it is told so
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**22))]}
+    return {"precision": name}
+
+
+AUTOCAST = {"32-true": None, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_lightning_trains_as_the_loop_that_it_stands_for(kind, options, name, lightning, tmp_path):
+    """Each precision; the clip is ours alone, and is made once. In float16 the first steps overflow."""
+    package, module = lightning
+    more = {"schedule": schedules.volsched(20, window=4), "max_grad_norm": 0.5}
+    trainer = package.Trainer(
+        max_epochs=2, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET, **precision(name)
+    )
+    trained = module(lambda params: kind(params, **options, **more), signal=True)
+    trainer.fit(trained, loader(10))
+
+    model, scaler = network(), GradScaler("cpu", init_scale=2.0**22, enabled=name == "16-mixed")
+    model = model.to(torch.bfloat16) if name == "bf16-true" else model
+    optimizer = kind(model.parameters(), **options, **more)
+    for x, y in [*batches(10), *batches(10)]:
+        x = x.to(next(model.parameters()).dtype)
+        with torch.autocast("cpu", dtype=AUTOCAST[name], enabled="mixed" in name):
+            outputs = model(x)
+            loss = nn.functional.cross_entropy(outputs, y)
+        scaler.scale(loss).backward()
+        optimizer.observe((outputs.argmax(1) == y).float().mean())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    [own] = trainer.optimizers
+    assert_same_bits(list(trained.parameters()), list(model.parameters()))
+    assert_same_bits(states(own, trained.parameters()), states(optimizer, model.parameters()))
+    assert own.history()["grad_norm"].tolist() == optimizer.history()["grad_norm"].tolist()
+    assert own.history()["grad_norm"].max() > 0.5
+    skipped = own.stats["skipped"]
+    assert skipped == optimizer.stats["skipped"] == 20 - own.stats["step"]
+    assert (skipped > 2) == (name == "16-mixed")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_lightning_s_own_clip_is_torch_s_where_ours_is_not_asked_for(kind, options, lightning, tmp_path):
+    package, module = lightning
+    runs = []
+    for build in (lambda params: kind(params, **options), lambda params: TORCH[kind](params, foreach=False, **options)):
+        trainer = package.Trainer(
+            max_epochs=1, gradient_clip_val=0.3, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET
+        )
+        model = module(build)
+        trainer.fit(model, loader(10))
+        runs.append(list(model.parameters()))
+    same(kind, *runs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_says_so_where_it_cannot_clip(lightning, tmp_path):
+    """In float16 the gradients are still scaled when it would: its own message, before anything has moved."""
+    package, module = lightning
+    more = {"gradient_clip_val": 0.3, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = package.Trainer(max_epochs=1, **more, **QUIET, **precision("16-mixed"))
+    model = module(lambda params: FusedSGD(params, LR))
+    with pytest.raises(
+        RuntimeError, match="FusedSGD, does not allow for gradient clipping because it performs unscaling"
+    ):
+        trainer.fit(model, loader(3))
+    assert_same_bits(list(model.parameters()), list(network().parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_lightning_resumes_bit_for_bit(kind, options, name, lightning, tmp_path):
+    """From its checkpoint in the middle: the loop's state, the previous gradient, a scheduler of torch's, the scale."""
+    package, module = lightning
+
+    def configure(params):
+        more = {"schedule": schedules.alignment(kappa=0.5), "max_grad_norm": 0.5, "track": "alignment"}
+        optimizer = kind(params, **options, **more)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": every_step(optimizer), "interval": "step"}}
+
+    def fit(epochs, checkpoint=None):
+        trainer = package.Trainer(
+            max_epochs=epochs, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET, **precision(name)
+        )
+        model = module(configure)
+        trainer.fit(model, loader(7), ckpt_path=checkpoint)
+        return trainer, model
+
+    whole, model = fit(3)
+    half, _ = fit(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest, resumed = fit(3, tmp_path / "half.ckpt")
+    [first], [second] = whole.optimizers, rest.optimizers
+    assert_same_bits(list(resumed.parameters()), list(model.parameters()))
+    assert_same_bits(states(second, resumed.parameters()), states(first, model.parameters()))
+    assert second.history()["lr"].tolist() == first.history()["lr"][-7:].tolist()
+    assert second.history()["alignment"].tolist() == first.history()["alignment"][-7:].tolist()
+    assert first.param_groups[0]["lr"] == second.param_groups[0]["lr"] == pytest.approx(options["lr"] * 0.9**21)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_freezes_and_thaws_layers(lightning, tmp_path):
+    """Its callback adds a group in mid-run, and on resuming puts new lists of parameters into the groups."""
+    package, module = lightning
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.network[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.network[0], optimizer, lr=0.01)
+
+    def fit(kind, epochs, checkpoint=None, **more):
+        trainer = package.Trainer(
+            max_epochs=epochs, callbacks=[Thaw()], enable_checkpointing=False, default_root_dir=tmp_path, **QUIET
+        )
+        model = module(lambda params: kind([p for p in params if p.requires_grad], LR, momentum=0.9, **more))
+        trainer.fit(model, loader(5), ckpt_path=checkpoint)
+        return trainer, model
+
+    runs = []
+    for kind, more in ((FusedSGD, {}), (torch.optim.SGD, {"foreach": False})):
+        whole, model = fit(kind, 3, **more)
+        half, _ = fit(kind, 2, **more)
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        rest, resumed = fit(kind, 3, tmp_path / "half.ckpt", **more)
+        assert len(whole.optimizers[0].param_groups) == len(rest.optimizers[0].param_groups) == 2
+        runs.append([list(model.parameters()), list(resumed.parameters())])
+    assert_same_bits(*runs)
