@@ -1,17 +1,32 @@
 """At home in what people train with: the real packages, each with a run that a user would make."""
 
+import copy
+import gc
 import logging
 import math
+import weakref
 
 import pytest
 import torch
 from cases import LR
-from conftest import BACKENDS, TORCH, assert_close, assert_same_bits, bits, states
+from conftest import (
+    BACKENDS,
+    TORCH,
+    assert_close,
+    assert_same_bits,
+    bits,
+    gradients,
+    parameters,
+    set_grads,
+    states,
+    train,
+)
 from test_pains import Reads
 from torch import nn
 from torch.amp import GradScaler
+from torch.optim import lr_scheduler
 
-from lrkernels import FusedAdamW, FusedSGD, ops, schedules
+from lrkernels import FusedAdamW, FusedSGD, log_history, ops, schedules
 
 KINDS = [
     pytest.param(FusedSGD, {"lr": LR, "momentum": 0.9, "weight_decay": 0.01}, id="sgd"),
@@ -129,7 +144,7 @@ def test_a_scheduler_by_hand_learns_of_a_skipped_step_when_it_asks():
     """Nothing between the backward pass and the next forward pass waits; asking is what does."""
     model = network()
     optimizer = FusedSGD(model.parameters(), LR, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     scaler = GradScaler("cpu", init_scale=2.0**10)
     rates, done = [], 0.0
     for step, (x, y) in enumerate(batches(9)):
@@ -175,7 +190,7 @@ def accelerated(accelerator, optimizer_of, steps, model=None, scheduler_of=None,
     """The loop of accelerate's manual; return the skipped steps and what was prepared."""
     model = network() if model is None else model
     optimizer = optimizer_of(model.parameters())
-    scheduler = scheduler_of(optimizer) if scheduler_of else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    scheduler = scheduler_of(optimizer) if scheduler_of else lr_scheduler.ConstantLR(optimizer, 1.0)
     data = torch.utils.data.DataLoader([(x, y) for x, y in batches(steps)], batch_size=None)
     model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
     skipped, rates = [], []
@@ -195,7 +210,7 @@ def accelerated(accelerator, optimizer_of, steps, model=None, scheduler_of=None,
 
 
 def every_step(optimizer):
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -440,3 +455,167 @@ def test_lightning_freezes_and_thaws_layers(lightning, tmp_path):
         assert len(whole.optimizers[0].param_groups) == len(rest.optimizers[0].param_groups) == 2
         runs.append([list(model.parameters()), list(resumed.parameters())])
     assert_same_bits(*runs)
+
+
+# ---- torch's own schedulers ----
+
+BETAS = [
+    pytest.param(FusedAdamW, {"lr": 0.01}, "betas", id="adamw"),
+    pytest.param(FusedSGD, {"lr": LR, "momentum": 0.9}, "momentum", id="sgd"),
+]
+CYCLED = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=41, base_momentum=0.8, max_momentum=0.95),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=5, cycle_momentum=True),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, Lambda()),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2, factor=0.5),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [
+            lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+            lr_scheduler.CosineAnnealingLR(o, 12),
+            lr_scheduler.ExponentialLR(o, 0.95),
+        ],
+        [5, 17],
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=8), lr_scheduler.StepLR(o, 6, gamma=0.7)]
+    ),
+}
+
+
+class Lambda:
+    """A callable object, which LambdaLR saves along."""
+
+    def __call__(self, step):
+        return 1.0 / (1.0 + 0.1 * step)
+
+
+def scheduled(optimizer, scheduler, params, grads, begin=0):
+    """Train; return the rate and what is cycled of each step's first group."""
+    rows = []
+    for step, row in enumerate(grads, start=begin):
+        set_grads(params, row)
+        group = optimizer.param_groups[0]
+        rows.append((float(group["lr"]), group.get("momentum"), group.get("betas")))
+        optimizer.step()
+        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        scheduler.step(*[1.0 + step % 3] if plateau else ())
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")  # torch's SequentialLR calls what torch warns of
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("make", CYCLED.values(), ids=CYCLED)
+@pytest.mark.parametrize(("kind", "options", "cycled"), BETAS)
+def test_torch_s_schedulers_cycle_and_resume_as_on_torch_s(kind, options, cycled, make, as_tensor):
+    shapes, (steps, stop) = [(7,), (33, 5)], (40, 13)
+
+    def build(cls, params, **more):
+        lr = torch.tensor(options["lr"], dtype=torch.float64) if as_tensor else options["lr"]
+        optimizer = cls(params, **options | {"lr": lr}, **more)
+        return optimizer, make(optimizer)
+
+    params, twins = parameters(shapes), parameters(shapes)
+    grads = gradients(shapes, steps)
+    optimizer, scheduler = build(kind, params)
+    loop, other = build(TORCH[kind], twins, foreach=False)
+    rows = scheduled(optimizer, scheduler, params, grads[:stop])
+    saved, middle = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict())), copy.deepcopy(params)
+    rows += scheduled(optimizer, scheduler, params, grads[stop:], stop)
+    assert rows == scheduled(loop, other, twins, grads)
+    assert optimizer.history()["lr"].tolist() == [lr for lr, *_ in rows]
+    assert len({lr for lr, *_ in rows}) > 3
+    if isinstance(scheduler, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR):
+        assert len({row[1 if cycled == "momentum" else 2] for row in rows}) > 5
+    same(kind, params, twins)
+
+    second, again = build(kind, middle)
+    second.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    assert scheduled(second, again, middle, grads[stop:], stop) == rows[stop:]
+    assert_same_bits(middle, params)
+
+
+# ---- TensorBoard ----
+
+
+def written(folder):
+    """Read the event files back: {tag: {step: value}}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def rows_of(optimizer, prefix="optimizer/"):
+    """The same from the history; event files keep float32."""
+    history = optimizer.history()
+    steps = history.pop("step").astype(int).tolist()
+    return {
+        prefix + name: list(zip(steps, map(float, x.astype("float32")), strict=True)) for name, x in history.items()
+    }
+
+
+def test_tensorboard_gets_every_step_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    params = parameters([(7,), (5, 3)])
+    optimizer = FusedSGD(params, LR, momentum=0.9, schedule=schedules.linear(30), track=("grad_norm", "direction"))
+    grads = gradients([(7,), (5, 3)], 20)
+    with SummaryWriter(str(tmp_path / "a")) as writer, SummaryWriter(str(tmp_path / "b")) as late:
+        assert log_history(writer, optimizer) == 0
+        counts = []
+        for end in (1, 4, 4, 20):
+            train(optimizer, params, grads[sum(counts) : end])
+            counts.append(log_history(writer, optimizer))
+        assert counts == [1, 3, 0, 16]
+        assert log_history(late, optimizer, prefix="") == 20
+    assert written(tmp_path / "a") == rows_of(optimizer)
+    assert written(tmp_path / "b") == rows_of(optimizer, "")
+    assert set(rows_of(optimizer, "")) == {"lr", "grad_norm", "direction_cosine", "grad_norm_l1", "skipped"}
+
+
+class Noted:
+    """A writer that keeps what it is given."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, step, value))
+
+    def steps(self):
+        return [step for tag, step, _ in self.scalars if tag == "optimizer/lr"]
+
+
+def test_a_log_after_a_rollback_and_after_the_history_has_gone_round():
+    params, grads = parameters([(7,)]), gradients([(7,)], 40)
+    optimizer, other, writer = FusedSGD(params, LR, history_size=8), FusedSGD(params, LR), Noted()
+    train(optimizer, params, grads[:5])
+    assert log_history(writer, optimizer) == 5
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, params, grads[5:7])
+    assert log_history(writer, optimizer) == 2
+    optimizer.load_state_dict(saved)
+    assert log_history(writer, optimizer) == 0
+    train(optimizer, params, grads[7:10])
+    optimizer.param_groups[0]["lr"] = 0.3
+    train(optimizer, params, grads[10:14])
+    assert log_history(writer, optimizer) == 7  # from step 6 on again
+    train(optimizer, params, grads[14:34])
+    assert log_history(writer, optimizer) == 8  # what is left of 20
+    train(other, params, grads[:2])
+    assert log_history(writer, other) == 2
+    assert writer.steps() == [*range(1, 8), *range(6, 13), *range(25, 33), 1, 2]
+
+
+def test_a_log_keeps_neither_writer_nor_optimizer_alive():
+    params = parameters([(7,)])
+    writer, optimizer = Noted(), train(FusedSGD(params, LR), params, gradients([(7,)], 3))
+    assert log_history(writer, optimizer) == 3
+    alive = [weakref.ref(writer), weakref.ref(optimizer)]
+    del writer, optimizer
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
