@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import io
 import logging
 import math
+import pickle
 import weakref
 
 import pytest
@@ -619,3 +621,198 @@ def test_a_log_keeps_neither_writer_nor_optimizer_alive():
     del writer, optimizer
     gc.collect()
     assert [reference() for reference in alive] == [None, None]
+
+
+# ---- transformers.Trainer ----
+
+
+@pytest.fixture
+def language_model(tmp_path, monkeypatch):
+    """A function that trains a tiny transformer with Trainer, from a checkpoint where one is given."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers.logging.set_verbosity_error()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(2, 32, (48, 16), generator=generator)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    shape = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+    def run(optimizer_of, scheduler_of, steps, name, checkpoint=None, **more):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+        model = transformers.GPT2LMHeadModel(config)
+        optimizer = optimizer_of(model.parameters())
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name),
+            max_steps=steps,
+            save_steps=4,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            **more,
+        )
+        scheduler = scheduler_of(optimizer) if scheduler_of else None
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, scheduler))
+        trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint) if checkpoint else None)
+        return list(model.parameters()), optimizer, trainer
+
+    return run
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_trainer_trains_as_with_torch_s(kind, options, language_model):
+    """Its clip and ours, one in the place of the other; accumulated batches; its own scheduler, and a user's."""
+    for scheduler in (None, every_step):
+        ours, optimizer, _ = language_model(
+            lambda params: kind(params, max_grad_norm=0.5, **options),
+            scheduler,
+            6,
+            "a",
+            max_grad_norm=0.0,
+            gradient_accumulation_steps=2,
+        )
+        theirs, *_ = language_model(
+            lambda params: TORCH[kind](params, foreach=False, **options),
+            scheduler,
+            6,
+            "b",
+            max_grad_norm=0.5,
+            gradient_accumulation_steps=2,
+        )
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        history = optimizer.history()
+        assert history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+        assert history["grad_norm"].max() > 0.5
+        want = [1 - step / 6 if scheduler is None else 0.9**step for step in range(6)]
+        assert history["lr"].tolist() == pytest.approx([options["lr"] * factor for factor in want], rel=1e-9)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_trainer_resumes_bit_for_bit(kind, options, bf16, language_model):
+    """From its own checkpoint: weights_only, in mid-epoch, with dropout; a closed loop and the previous gradient."""
+
+    def build(params):
+        more = {"schedule": schedules.alignment(kappa=0.5), "max_grad_norm": 0.5, "track": "alignment"}
+        return kind(params, **options, **more)
+
+    more = {"max_grad_norm": 0.0, "bf16": bf16}
+    whole, first, _ = language_model(build, every_step, 10, "whole", **more)
+    rest, second, _ = language_model(build, every_step, 10, "rest", "whole/checkpoint-4", **more)
+    assert_same_bits(rest, whole)
+    assert_same_bits(states(second, rest), states(first, whole))
+    assert second.history()["alignment"].tolist() == first.history()["alignment"][4:].tolist()
+    assert second.history()["lr"].tolist() == first.history()["lr"][4:].tolist()
+    assert len(set(first.history()["lr"].tolist())) == 10
+
+
+# ---- torch.compile ----
+
+
+def test_a_compiled_model_with_the_step_outside(backend):
+    """Its parameters are the module's own, and a step in place does not compile anew."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, twin = network(), network()
+    compiled = torch.compile(model, backend=count)
+    more = {"momentum": 0.9, "schedule": schedules.alignment(), "max_grad_norm": 0.5, "backend": backend}
+    optimizer, other = FusedSGD(compiled.parameters(), LR, **more), FusedSGD(twin.parameters(), LR, **more)
+    for x, y in batches(8):
+        for forward, own in ((compiled, optimizer), (twin, other)):
+            nn.functional.cross_entropy(forward(x), y).backward()
+            own.step()
+            own.zero_grad()
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+    assert optimizer.stats["step"] == 8
+
+
+@pytest.mark.parametrize("with_closure", [False, True], ids=["step", "closure"])
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_compiled_step_is_the_step(kind, options, with_closure, backend):
+    """Nothing of it can be traced, so it runs as it is; hooks, schedulers and the scaler's attributes included."""
+    torch._dynamo.reset()
+    results = []
+    for wrap in (torch.compile, lambda step: step):
+        model, calls = network(), []
+        more = {"schedule": schedules.alignment(), "max_grad_norm": 0.5, "backend": backend}
+        optimizer = kind(model.parameters(), **options, **more)
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+        scheduler, step = every_step(optimizer), wrap(optimizer.step)
+        for n, (x, y) in enumerate(batches(8)):
+
+            def closure(optimizer=optimizer, model=model, x=x, y=y):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            loss = closure()
+            if n == 5:
+                optimizer.found_inf = torch.ones(1)
+            got = step(closure) if with_closure else step()
+            assert got == loss if with_closure else got is None
+            if n == 5:
+                del optimizer.found_inf
+            scheduler.step()
+        assert optimizer.stats["skipped"] == 1
+        results.append(
+            [list(model.parameters()), states(optimizer, model.parameters()), optimizer.stats["lr"], len(calls) == 8]
+        )
+    torch._dynamo.reset()
+    assert_same_bits(*results)
+    assert results[0][-1]
+
+
+# ---- Copies of a model together with its optimizer ----
+
+
+def _through_pickle(pair):
+    return pickle.loads(pickle.dumps(pair))
+
+
+def _through_a_file(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _through_pickle, _through_a_file], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_model_and_its_optimizer_are_copied_together(kind, options, copied):
+    """With a scheduler of torch's, its hooks and a rate in a tensor, after some steps, and as they go on apart."""
+    model = network()
+    lr = torch.tensor(options["lr"], dtype=torch.float64)
+    more = {"schedule": schedules.alignment(), "track": "alignment", "max_grad_norm": 0.5}
+    optimizer = kind(model.parameters(), **options | {"lr": lr}, **more)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def go_on(model, optimizer, scheduler, seed):
+        for x, y in batches(4, seed):
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        return [list(model.parameters()), states(optimizer, model.parameters()), optimizer.stats["lr"]]
+
+    go_on(model, optimizer, scheduler, 1)
+    others = copied((model, optimizer, scheduler))
+    assert others[1].param_groups[0]["lr"] is not optimizer.param_groups[0]["lr"]
+    assert {id(p) for p in others[0].parameters()} == {id(p) for p in others[1].param_groups[0]["params"]}
+    before = bits([list(model.parameters()), states(optimizer, model.parameters()), optimizer._controller.control])
+    apart = go_on(*others, 2)
+    assert (
+        bits([list(model.parameters()), states(optimizer, model.parameters()), optimizer._controller.control]) == before
+    )
+    assert_same_bits(apart, go_on(model, optimizer, scheduler, 2))
