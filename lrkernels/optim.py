@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -70,6 +71,7 @@ class _Plan:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -84,10 +86,13 @@ class _Plan:
         self.entries = list(self.state.values())
 
     def is_current(self, optimizer: FusedOptimizer) -> bool:
-        """Whether nobody has exchanged the states, or moved the parameters, since."""
+        """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
+        lists = [group["params"] for group in optimizer.param_groups]
         return (
-            self.state is optimizer.state
+            list(map(len, lists)) == self.sizes
+            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
             and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
+            and self.state is optimizer.state
             and len(self.entries) == len(self.state)
             and all(map(operator.is_, self.entries, self.state.values()))
             and (not self.params or self.params[0].device == self.device)
@@ -126,7 +131,6 @@ class FusedOptimizer(Optimizer):
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
     _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
         self,
@@ -198,6 +202,15 @@ class FusedOptimizer(Optimizer):
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands us found_inf and grad_scale, and calls ``step`` all the same.
+
+        accelerate puts a ``step`` of its own in place, and takes each call of it for a step that was made. Under it
+        the scaler unscales, waits and skips as with any optimizer, so ``step_was_skipped`` is right.
+        """
+        return not (getattr(self.step, "__module__", None) or "").startswith("accelerate.")
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
