@@ -417,15 +417,16 @@ class FusedOptimizer(Optimizer):
             closure = torch.enable_grad()(closure)
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
-        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         plan = self._plan
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
         grads = [p.grad for p in plan.params]
         if plan.spread is not None:
             grads = plan.spread.aligned(plan.params, grads)
-        if self._controller.is_new and self._rehearses(plan, grads):
+        if self._controller.is_new and closure is None and self._rehearses(plan, grads):
             return loss
+        self._rehearsed = False
+        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         self._refresh_hyper(plan)
         if self._process_group is None and all(grad is None for grad in grads):
             return loss  # nothing to do, and no step of the schedule
@@ -448,7 +449,6 @@ class FusedOptimizer(Optimizer):
 
         So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
         """
-        self._rehearsed = False
         for group in self.param_groups:
             self._check_group(group)
         rates = [group["lr"] for group in self.param_groups]
@@ -460,6 +460,10 @@ class FusedOptimizer(Optimizer):
             zero = plan.spread.agree(zero, plan.device)
         if zero:
             self._awaken(plan, grads)
+            for p in plan.params if self._same_batch else ():
+                self.state[p]["prev_param"] = p.clone()
+            if self._prev_grad == "swap" and self._keeps_prev():
+                self._keep_grads(plan, grads, False, None)
             self._rehearsed = True
         return zero
 

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import math
+import time
 import traceback
 
 import pytest
@@ -17,6 +18,7 @@ from conftest import assert_close, assert_same_bits, bits, gradients, parameters
 from torch import nn
 
 from lrkernels import FusedAdamW, FusedSGD, schedules
+from lrkernels.layout import Control
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -222,7 +224,7 @@ def fsdp2_with_empty_parts(folder):
 
 @case(4)
 def hsdp(folder):
-    mesh = mesh_of(2, 2)
+    mesh = mesh_of(2, 2, names=("replicate", "shard"))
     compare(lambda net: (fully_sharded(net, mesh=mesh), net.parameters()), optimizers=SOME)
 
 
@@ -264,21 +266,34 @@ def fsdp2_over_tensor_parallel(folder):
 
 @case(2)
 def gala_on_the_same_batch(folder):
+    """Also with a checkpoint on the way, which has the point before."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def step(model, optimizer, batch):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model, *batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
     for name in KINDS:
         kind, options = KINDS[name]
         model, net = fully_sharded(new_net()), new_net()
         schedule = schedules.gala(delta=0.1, max_lr=1.0, mode="same_batch")
         optimizer, alone = (kind(m.parameters(), **options, schedule=schedule) for m in (model, net))
-        for batch in batches():
-
-            def closure(model, optimizer, batch):
-                optimizer.zero_grad()
-                loss = loss_of(model, *batch)
-                loss.backward()
-                return loss
-
-            optimizer.step(functools.partial(closure, model, optimizer, mine(batch)))
-            alone.step(functools.partial(closure, net, alone, batch))
+        for i, batch in enumerate(batches()):
+            if i == 2:
+                dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=f"{folder}/same-batch-{name}")
+                optimizer = kind(model.parameters(), **options | {"lr": 99.0}, schedule=schedule)
+                state = get_optimizer_state_dict(model, optimizer)
+                dcp.load(state, checkpoint_id=f"{folder}/same-batch-{name}")
+                set_optimizer_state_dict(model, optimizer, state)
+                alone.load_state_dict(alone.state_dict())  # its history begins anew too
+            step(model, optimizer, mine(batch))
+            step(net, alone, batch)
         assert_same_decisions(optimizer, alone)
         assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
 
@@ -335,7 +350,7 @@ def ddp_s_own_buckets_are_no_place_to_keep_a_gradient(folder):
     alone_net = new_net()
     alone = kind(alone_net.parameters(), **options, track="alignment")
     refused = 0
-    for batch in batches():
+    for batch in batches(6):  # torch makes the buckets anew for the second
         for model, optimizer, part in ((*z, mine(batch)) for z in zip(models, (store, swap), strict=True)):
             loss_of(model, *part).backward()
             before = [p.detach().clone() for p in model.parameters()]
@@ -350,7 +365,7 @@ def ddp_s_own_buckets_are_no_place_to_keep_a_gradient(folder):
         loss_of(alone_net, *batch).backward()
         alone.step()
         alone.zero_grad()
-    assert refused == 2  # every second step begins anew, without a previous gradient
+    assert refused == 2  # the third and the fifth: a step after an error goes on without the lost one
     assert_same_decisions(store, alone)
     assert_close(list(nets[0].parameters()), list(alone_net.parameters()), rtol=1e-9, atol=1e-12)
 
@@ -477,6 +492,308 @@ def process_group(folder):
     by_hand(split, SOME, group, present=lambda step, i: i % (world - 1) != 0 or step != 1 or world == 2)
     verdicts = [(rank == 0 and step == 2, step == 2) for step in range(STEPS)]
     by_hand(split, process_group=group, found_inf=verdicts)
+
+
+# ---- ZeRO ----
+
+
+@case(2)
+def zero(folder):
+    """Trained, consolidated, saved, loaded into a new one and trained on: the same bits as without a break."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def new(kind, options, mode):
+        model = nn.parallel.DistributedDataParallel(new_net())
+        local = functools.partial(kind, **mode, process_group=dist.group.WORLD)
+        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=local, **options)
+
+    def train(model, optimizer, rows):
+        for batch in rows:
+            loss_of(model, *mine(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for name, mode in [("sgd", "clip"), ("sgd", "linear"), ("sgd", "alignment-lag1"), ("adamw", "gala")]:
+        kind, options = KINDS[name]
+        model, optimizer = new(kind, options, MODES[mode])
+        rows = list(batches(6))
+        train(model, optimizer, rows[:3])
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            torch.save([model.state_dict(), optimizer.state_dict()], f"{folder}/zero-{name}-{mode}")
+        dist.barrier()
+        of_model, of_optimizer = torch.load(f"{folder}/zero-{name}-{mode}", weights_only=True)
+        resumed_model, resumed = new(kind, {**options, "lr": 99.0}, MODES[mode])
+        resumed_model.load_state_dict(of_model)
+        resumed.load_state_dict(of_optimizer)
+        train(model, optimizer, rows[3:])
+        train(resumed_model, resumed, rows[3:])
+        net = new_net()
+        alone = kind(net.parameters(), **options, **MODES[mode])
+        train(net, alone, [])
+        for batch in rows:
+            loss_of(net, *batch).backward()
+            alone.step()
+            alone.zero_grad()
+        assert_same_decisions(optimizer.optim, alone)
+        assert_same_everywhere(resumed.optim._controller.control)
+        assert_close(list(model.parameters()), list(net.parameters()), rtol=1e-9, atol=1e-12)
+        assert_same_bits(list(resumed_model.parameters()), list(model.parameters()))
+        for key, values in resumed.optim.history().items():
+            assert values.tolist() == optimizer.optim.history()[key][3:].tolist()
+
+
+# ---- Checkpoints ----
+
+
+class Run:
+    """A model and its optimizer on a mesh, or in one process alone; gradients come by hand."""
+
+    def __init__(self, kind, options, mode, mesh=None, flatten=False, sharded=True):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+        self.net, self.mesh = new_net(), mesh
+        if mesh is not None:
+            fully_sharded(self.net, mesh=mesh)
+        self.optimizer = kind(self.net.parameters(), **options, **mode)
+        self.options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        alone = mesh is None or mesh.size() == 1
+        self.where = {"no_dist": True} if alone else {"process_group": mesh.get_group()}
+
+    def train(self, steps):
+        shapes = [p.shape for p in self.net.parameters()]
+        for row in gradients(shapes, 12, torch.float64)[steps]:
+            for p, grad in zip(self.net.parameters(), row, strict=True):
+                p.grad = grad if self.mesh is None else spread(grad, p.device_mesh, p.placements)
+            self.optimizer.step()
+        return self
+
+    def state(self):
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+        of_optimizer = get_optimizer_state_dict(self.net, self.optimizer, options=self.options)
+        return {"model": get_model_state_dict(self.net), "optimizer": of_optimizer}
+
+    def save(self, path):
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(self.state(), checkpoint_id=path, **self.where)
+        return path
+
+    def load(self, path):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+        state = self.state()
+        dcp.load(state, checkpoint_id=path, **self.where)
+        set_model_state_dict(self.net, state["model"])
+        set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"], options=self.options)
+        return self
+
+    def everything(self):
+        states = [self.optimizer.state[p] for p in self.net.parameters()]
+        states = [{key: full(value) for key, value in state.items()} for state in states]
+        control = self.optimizer._controller.control.clone()
+        control[Control.ROWS] = 0  # the history begins anew
+        return [[full(p) for p in self.net.parameters()], states, control[: Control.SIGNAL]]
+
+
+CHECKPOINTS = [
+    ("sgd", "alignment-lag1", False),
+    ("sgd", "gala", True),
+    ("sgd", "linear", True),
+    ("adamw", "gala", False),
+    ("adamw", "track-swap", False),
+    ("adamw", "track", True),
+]
+
+
+@case(4)
+def checkpoints_on_four_two_one_and_four_processes(folder):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    rank, four, two = dist.get_rank(), mesh_of(4), DeviceMesh("cpu", [0, 1])
+    for name, mode, flatten in CHECKPOINTS:
+        kind, options = KINDS[name]
+        options = options | ({"dampening": 0.5} if name == "sgd" else {})
+        path = f"{folder}/{name}-{mode}"
+        new = functools.partial(Run, kind, options, MODES[mode], flatten=flatten)
+        alone = new().train(slice(12))
+        first = new(four).train(slice(3))
+        path = first.save(f"{path}-first")
+        same = new(four).load(path)
+        assert_same_bits(same.everything()[0], first.everything()[0])
+        assert_same_bits(same.train(slice(3, 6)).everything(), first.train(slice(3, 6)).everything())
+        if rank < 2:
+            path2 = new(two).load(path).train(slice(3, 6)).save(f"{path}-two")
+        if rank == 0:
+            path1 = new().load(path2).train(slice(6, 9)).save(f"{path}-one")
+        dist.barrier()
+        path1 = f"{path}-one"
+        last = new(four).load(path1).train(slice(9, 12))
+        assert_same_everywhere(last.optimizer._controller.control)
+        for key, values in last.optimizer.history().items():
+            want = alone.optimizer.history()[key][-3:]
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(want), rtol=1e-8, atol=1e-12)
+        got, want = last.everything(), alone.everything()
+        assert_close(got[:2], want[:2], rtol=1e-9, atol=1e-12)
+        assert_close(got[2], want[2], rtol=1e-8)
+
+
+@case(2)
+def a_checkpoint_before_the_first_step_and_a_whole_one(folder):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    mesh = mesh_of(2)
+    for name, mode, flatten in CHECKPOINTS:
+        kind, options = KINDS[name]
+        new = functools.partial(Run, kind, options, MODES[mode], mesh, flatten=flatten)
+        untouched, asked = new(), new()
+        saved = asked.state()
+        assert asked.optimizer._controller.is_new and len(asked.optimizer.history()["step"]) == 0
+        assert_same_bits(untouched.train(slice(4)).everything(), asked.train(slice(4)).everything())
+        assert saved["optimizer"], "nothing to load into"
+        early = new()
+        early.load(new().save(f"{folder}/early-{name}-{mode}"))
+        assert_close(early.train(slice(4)).everything()[0], asked.everything()[0], rtol=1e-12)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        everything = get_optimizer_state_dict(asked.net, asked.optimizer, options=whole)
+        assert bool(everything) == (dist.get_rank() == 0)
+        from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        resumed = new()
+        with torch.no_grad():
+            for p, q in zip(resumed.net.parameters(), asked.net.parameters(), strict=True):
+                p.copy_(q)
+        set_optimizer_state_dict(resumed.net, resumed.optimizer, everything, options=from_rank_0)
+        assert_same_bits(resumed.train(slice(4, 8)).everything(), asked.train(slice(4, 8)).everything())
+
+
+# ---- Refusals and faults ----
+
+
+@contextlib.contextmanager
+def refused(kind, message, optimizer):
+    """It raises by that message, and changes neither parameters nor states nor what was decided."""
+
+    def everything():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [[full(x) for x in optimizer.state.get(p, {}).values()] for p in params]
+        return bits([[full(p) for p in params], states, optimizer._controller.control[: Control.FACTOR]])
+
+    before = everything()
+    with pytest.raises(kind, match=message):
+        yield
+    assert everything() == before
+
+
+@case(2)
+def refusals(folder):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, rows = mesh_of(2), [Shard(0)]
+    p = nn.Parameter(spread(torch.randn(6, 2), mesh, rows))
+    p.grad = spread(torch.randn(6, 2), mesh, rows)
+
+    doubled = FusedSGD([p], process_group=dist.group.WORLD, max_grad_norm=1.0)
+    with refused(ValueError, r"^lrkernels: process_group holds the ranks \[0, 1\], over which", doubled):
+        doubled.step()
+
+    alone = nn.Parameter(torch.randn(6, 2))
+    alone.grad = torch.randn(6, 2)
+    trained = FusedSGD([alone], momentum=0.9)
+    trained.step()
+    spread_out = FusedSGD([p], momentum=0.9)
+    spread_out.step()
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", spread_out):
+        spread_out.load_state_dict(trained.state_dict())
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", trained):
+        trained.load_state_dict(spread_out.state_dict())
+    q = nn.Parameter(spread(torch.randn(6, 2), mesh, [Replicate()]))
+    q.grad = torch.zeros_like(q)
+    replicated = FusedSGD([q], momentum=0.9)
+    replicated.step()
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", replicated):
+        replicated.load_state_dict(spread_out.state_dict())
+
+    mirrored = DeviceMesh("cpu", [1, 0])
+    q.grad = None
+    q.grad = spread(torch.randn(6, 2), mirrored, [Replicate()])
+    with refused(ValueError, r"^lrkernels: the gradient of parameter 0, of shape \(6, 2\), is on Device", replicated):
+        replicated.step()
+
+
+@case(4)
+def meshes_that_have_no_whole(folder):
+    """Sums over all of it cannot be had, and plain steps need none."""
+    from torch.distributed.tensor import Shard
+
+    mesh = mesh_of(2, 2, names=("a", "b"))
+    params = [nn.Parameter(spread(torch.randn(6, 2), mesh[name], [Shard(0)])) for name in ("a", "b")]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    clipping = FusedSGD(params, max_grad_norm=1.0)
+    with refused(RuntimeError, "^lrkernels: the parameters are DTensors on meshes of the ranks", clipping):
+        clipping.step()
+    before = [full(p).clone() for p in params]
+    FusedSGD(params, lr=0.5).step()
+    assert_same_bits([full(p) for p in params], [x - 0.5 for x in before])
+
+
+@case(2)
+def a_process_that_is_lost(folder):
+    """Torch's own error, soon, and the parameters as they were; then training goes on."""
+    quick = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    p = nn.Parameter(torch.randn(6, 2))
+    optimizer = FusedSGD([p], lr=0.5, momentum=0.9, track="alignment", process_group=quick)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        store.wait(["done"])
+        return
+    before = bits([p, optimizer.state_dict()["state"], optimizer.stats])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert not str(caught.value).startswith("lrkernels:"), caught.value
+    assert time.monotonic() - start < 30
+    store.set("done", "")
+    assert bits([p, optimizer.state_dict()["state"], optimizer.stats]) == before
+    assert len(optimizer.history()["step"]) == 1
+
+
+@case(2)
+def a_gradient_scaler_finds_infinity_in_one_process(folder):
+    for unscale in (False, True):
+        for name, mode in SOME:
+            kind, options = KINDS[name]
+            model, net = fully_sharded(new_net()), new_net()
+            optimizers = [kind(m.parameters(), **options, **MODES[mode]) for m in (model, net)]
+            scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in optimizers]
+            for step, batch in enumerate(batches(5)):
+                for m, part, optimizer, scaler in zip(
+                    (model, net), (mine(batch), batch), optimizers, scalers, strict=True
+                ):
+                    scaler.scale(loss_of(m, *part)).backward()
+                    if step in (0, 3):
+                        grad = m.first.weight.grad
+                        if m is net:
+                            grad[-1] = math.inf
+                        elif dist.get_rank() == 1:
+                            grad.to_local()[-1] = math.inf
+                    if unscale:
+                        scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+            assert_same_decisions(*optimizers)
+            assert float(optimizers[0].stats["skipped"]) == 2
+            assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
 
 
 # ---- The test ----
