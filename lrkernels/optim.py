@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -19,11 +20,12 @@ from .closed_loop import AlignmentSchedule, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
 from .distributed import local, same_spread, spread_of, version
-from .layout import HYPERS, Control, Count, Measure, Rule, Verb
+from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Verb
 
 __all__ = ["FusedAdamW", "FusedSGD"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 TRACKS = {
     "grad_norm": Measure.NORMS,
     "grad_norm_l1": Measure.NORMS,
@@ -42,9 +44,14 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_prev_grad",
     "_process_group",
     "_backend",
+    "_state_dtype",
+    "_master_weights",
+    "_normalize",
+    "_may_skip",
     "_rehearsed",
 )
-_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
+MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
+_LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -64,6 +71,7 @@ class _Plan:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -71,17 +79,20 @@ class _Plan:
         devices = sorted({str(p.device) for p in self.params})
         _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
         self.spread = spread_of(self.params, optimizer._process_group)
-        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.counts = torch.zeros(len(flat), len(Count), dtype=torch.float32, device=self.device)
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
         self.entries = list(self.state.values())
 
     def is_current(self, optimizer: FusedOptimizer) -> bool:
-        """Whether nobody has exchanged the states, or moved the parameters, since."""
+        """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
+        lists = [group["params"] for group in optimizer.param_groups]
         return (
-            self.state is optimizer.state
+            list(map(len, lists)) == self.sizes
+            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
             and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
+            and self.state is optimizer.state
             and len(self.entries) == len(self.state)
             and all(map(operator.is_, self.entries, self.state.values()))
             and (not self.params or self.params[0].device == self.device)
@@ -103,6 +114,13 @@ class FusedOptimizer(Optimizer):
         process_group: add the sums up over these processes, which hold different parameters (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
+        state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
+        master_weights: keep a float32 copy of each bfloat16 or float16 parameter in its state as ``master_param``; the
+            update works on it, and the parameter gets it rounded. Write to both, or to neither (default: False).
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that small updates are not
+            lost; the bits depend on step, parameter and element alone (default: False).
+        skip_nonfinite: a step with a gradient that is not finite changes nothing and counts as skipped; it costs a
+            pass over the gradients ahead of the update (default: False).
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
@@ -113,7 +131,6 @@ class FusedOptimizer(Optimizer):
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
     _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
         self,
@@ -126,6 +143,11 @@ class FusedOptimizer(Optimizer):
         process_group: Any,
         backend: str | None,
         history_size: int | None,
+        state_dtype: torch.dtype | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        skip_nonfinite: bool,
+        normalize: bool = False,
     ) -> None:
         open_loop, closed_loop = schedules.split(schedule)
         track = (track,) if isinstance(track, str) else tuple(track)
@@ -134,23 +156,41 @@ class FusedOptimizer(Optimizer):
         _check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
         _check(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
+        known = state_dtype is None or state_dtype in DTYPES
+        _check(known, f"state_dtype must be None or one of {DTYPES}, got {state_dtype}")
+        _check(
+            not (master_weights and stochastic_rounding),
+            "master_weights=True keeps what stochastic_rounding=True rounds away: choose one",
+        )
+        _check(
+            not (normalize and max_grad_norm is not None),
+            "normalize=True makes every step as long as its rate, so max_grad_norm has nothing to clip: leave it out",
+        )
         self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         gala = isinstance(closed_loop, GalaSchedule)
         at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
         self._measure = Measure(0)
         for name in track:
             self._measure |= TRACKS[name]
-        if max_grad_norm is not None:
+        if max_grad_norm is not None or skip_nonfinite:
             self._measure |= Measure.NORMS
-        if isinstance(closed_loop, AlignmentSchedule):
+        if isinstance(closed_loop, AlignmentSchedule) or normalize:
             self._measure |= TRACKS["direction"]
         if gala:
             self._measure |= TRACKS["alignment"]
             self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
-        self._two_pass = max_grad_norm is not None or gala or at_once
+        self._two_pass = max_grad_norm is not None or gala or at_once or skip_nonfinite or normalize
         self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
         self._process_group, self._backend = process_group, backend
-        self._controller = Controller(open_loop, closed_loop, max_grad_norm, history_size)
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._normalize, self._may_skip = normalize, skip_nonfinite
+        settings = {
+            Setting.MAX_GRAD_NORM: math.inf if max_grad_norm is None else max_grad_norm,
+            Setting.SKIP_NONFINITE: float(skip_nonfinite),
+            Setting.NORMALIZE: float(normalize),
+            Setting.STOCHASTIC_ROUNDING: float(stochastic_rounding),
+        }
+        self._controller = Controller(open_loop, closed_loop, settings, history_size)
         self._plan: _Plan | None = None
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
@@ -162,6 +202,15 @@ class FusedOptimizer(Optimizer):
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands us found_inf and grad_scale, and calls ``step`` all the same.
+
+        accelerate puts a ``step`` of its own in place, and takes each call of it for a step that was made. Under it
+        the scaler unscales, waits and skips as with any optimizer, so ``step_was_skipped`` is right.
+        """
+        return not (getattr(self.step, "__module__", None) or "").startswith("accelerate.")
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -176,6 +225,9 @@ class FusedOptimizer(Optimizer):
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
+
+    def _check_together(self) -> None:
+        """Refuse groups that do not go together."""
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         """Return the group's row of hyper-parameters, in the order of ``layout.Hyper``."""
@@ -194,6 +246,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 _check(not p.is_complex(), f"{type(self).__name__} takes no complex parameters; use torch.view_as_real")
                 _check(p.dtype in DTYPES, f"{type(self).__name__} takes parameters of {DTYPES}, got {p.dtype}")
+            self._check_together()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -210,6 +263,7 @@ class FusedOptimizer(Optimizer):
         if self._seen != seen:
             for group in self.param_groups:
                 self._check_group(group)
+            self._check_together()
             floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
             self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
             rows = [self._hyper(group) for group in self.param_groups]
@@ -271,9 +325,11 @@ class FusedOptimizer(Optimizer):
             counts[Count.HAS_PREV] = float("prev_grad" in state or "prev_param" in state)
         for key in self._state_keys(group):
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(p, dtype=self._state_dtype, memory_format=torch.preserve_format)
                 if key != "max_exp_avg_sq":  # the rule starts anew
                     counts[Count.UPDATES] = 0.0
+        if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
+            state[MASTER] = p.detach().float()
         if self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, version(prev))
@@ -395,8 +451,9 @@ class FusedOptimizer(Optimizer):
         """
         for group in self.param_groups:
             self._check_group(group)
-            if float(group["lr"]) != 0.0:
-                return False
+        rates = [group["lr"] for group in self.param_groups]
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False  # a rate on the device is not waited for; nor would that function have put it there
         self._refuse(plan, grads)
         zero = not self.state and not any(bool(local(grad).any()) for grad in grads if grad is not None)
         if plan.spread is not None:
@@ -406,7 +463,7 @@ class FusedOptimizer(Optimizer):
             for p in plan.params if self._same_batch else ():
                 self.state[p]["prev_param"] = p.clone()
             if self._prev_grad == "swap" and self._keeps_prev():
-                self._keep_grads(plan, grads, None, None)
+                self._keep_grads(plan, grads, False, None)
             self._rehearsed = True
         return zero
 
@@ -454,6 +511,7 @@ class FusedOptimizer(Optimizer):
                 params,
                 grads,
                 *((states, key) if key else None for key in self._states),
+                (states, MASTER) if self._master_weights else None,
                 prev_read,
                 prev_write,
                 plan.groups,
@@ -474,25 +532,23 @@ class FusedOptimizer(Optimizer):
         else:
             spread.step(call, here, controller, self._measure, found_inf is not None)
             spread.raise_versions(plan.params, grads)
-            found_inf = None if found_inf is None else controller.control[Control.SKIP]  # what all have agreed on
         if there is not None:
             for p, point in before:
                 self.state[p]["prev_param"] = point
         elif prev_read is not None:
-            self._keep_grads(plan, grads, found_inf, grad_scale)
+            self._keep_grads(plan, grads, found_inf is not None or self._may_skip, grad_scale)
 
-    def _keep_grads(
-        self, plan: _Plan, grads: list[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
-        """Keep the gradients for the next step; copies of them where a gradient scaler scales and may skip."""
+    def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
+        """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
                 continue
             if grad_scale is not None:
                 grad = grad * (1.0 / grad_scale.double()).to(grad.dtype)
-            if found_inf is not None:
+            if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
-                grad = torch.where(found_inf.reshape(()) != 0, old, grad)
+                grad = torch.where(skipped, old, grad)
             self._kept[p] = (grad, version(grad))
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
@@ -598,8 +654,10 @@ class FusedOptimizer(Optimizer):
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
         for i, p in enumerate(flat):
-            if i in saved and saved[i].get("prev_grad") is not None:  # torch has rounded it to the parameter's dtype
-                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device)
+            for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
+                if isinstance(value, Tensor) and key != "step":
+                    moment = key in self._states
+                    self.state[p][key] = value.to(p.device, (self._state_dtype or p.dtype) if moment else value.dtype)
             for key, value in self.state.get(p, {}).items():
                 if isinstance(value, Tensor) and key != "step":
                     there = old_state.get(p, {}).get(key)
@@ -622,7 +680,7 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {*_LATER, *saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
@@ -631,11 +689,15 @@ class FusedOptimizer(Optimizer):
             "the checkpoint's groups do not number or name their parameters",
         )
         saved = {i: state[key] for i, key in enumerate(ids) if key in state}
-        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param"}
+        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param", MASTER}
         for i, entry in saved.items():
             _check(isinstance(entry, dict), f"the checkpoint's state of parameter {i} is {type(entry).__name__}")
             foreign = [key for key in entry if key not in known]
             _check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
+            _check(
+                self._master_weights or entry.get(MASTER) is None,
+                "the checkpoint has float32 masters of its parameters; give the optimizer master_weights=True",
+            )
             absent = [key for key in self._required if entry and entry.get(key) is None]
             _check(not absent, f"the checkpoint's state of parameter {i} lacks {absent}")
             for key, value in entry.items():
@@ -703,6 +765,10 @@ class FusedSGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
         zero_init_momentum: start the buffer at zero, as in NSHB, not at the first gradient (default: False).
+        normalize: divide the step by the length of the momentum buffer over all parameters, p <- p - lr m / |m|
+            (without momentum: of the gradient), so that every step is as long as its rate. All groups need the same
+            momentum and dampening; with dampening, ``zero_init_momentum=True``; no Nesterov, no coupled weight decay,
+            no ``max_grad_norm`` (default: False).
 
     The other arguments, and the errors, are :class:`FusedOptimizer`'s.
     """
@@ -734,6 +800,7 @@ class FusedSGD(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         zero_init_momentum: bool = False,
+        normalize: bool = False,
         schedule: Any = None,
         max_grad_norm: float | None = None,
         track: Iterable[str] = (),
@@ -741,6 +808,10 @@ class FusedSGD(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -756,7 +827,20 @@ class FusedSGD(FusedOptimizer):
             "zero_init_momentum": zero_init_momentum,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
+            normalize,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -768,6 +852,23 @@ class FusedSGD(FusedOptimizer):
         _check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
+        )
+        if self._normalize:
+            _check(not group["nesterov"], "normalize=True goes along the momentum buffer, so nesterov must be False")
+            _check(
+                group["weight_decay"] == 0 or group["decoupled_weight_decay"],
+                "normalize=True takes no weight decay inside the gradient; use decoupled_weight_decay=True",
+            )
+            _check(
+                group["momentum"] == 0 or group["dampening"] == 0 or group["zero_init_momentum"],
+                "normalize=True with dampening needs zero_init_momentum=True",
+            )
+
+    def _check_together(self) -> None:
+        pairs = {(group["momentum"], group["dampening"] if group["momentum"] else 0) for group in self.param_groups}
+        _check(
+            not self._normalize or len(pairs) == 1,
+            f"normalize=True needs the same momentum and dampening in all groups, got {sorted(pairs)}",
         )
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
@@ -826,6 +927,10 @@ class FusedAdamW(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -841,18 +946,29 @@ class FusedAdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         _check_finite(group, "eps")
         betas = group["betas"]
-        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _check(pair and all(isinstance(x, numbers.Real) for x in betas), f"betas must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            _check(
-                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
-            )
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]
