@@ -21,11 +21,13 @@ struct Row {
   void* param;
   const void* grad;
   void* states[kStates];
+  void* master;           // float32: what the update works on; `param` then gets it rounded
   const void* prev_read;  // the previous gradient
   void* prev_write;       // where to keep this one; null when nothing is kept or the caller keeps the tensor itself
   float* counts;
   int64_t numel;
   int32_t group;
+  int32_t index;  // among all parameters, those without a gradient too
   Dtype param_dtype, grad_dtype, state_dtype, prev_dtype;
 };
 

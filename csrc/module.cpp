@@ -141,8 +141,8 @@ struct Column {
   }
 };
 
-const char* const kColumns[] = {"params", "grads", "state0", "state1", "state2", "prev_read", "prev_write"};
-constexpr int kLists = 2 + lrk::kStates + 2;  // params, grads, states, previous gradients to read and to write
+const char* const kColumns[] = {"params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write"};
+constexpr int kLists = 2 + lrk::kStates + 3;  // params, grads, states, masters, previous gradients to read and to write
 
 // Whether the rule reads state `k` in this group.
 bool needs_state(const Job& job, int32_t group, int k) {
@@ -155,7 +155,7 @@ bool needs_state(const Job& job, int32_t group, int k) {
 int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t group, float* counts) {
   View views[kLists];
   const View &param = views[0], &grad = views[1];
-  for (int k : {1, 0, 2, 3, 4, 5, 6}) {
+  for (int k : {1, 0, 2, 3, 4, 5, 6, 7}) {
     PyObject* item = columns[k].item(i);
     if (!item) return -1;
     if (!views[k].read(item) || (views[k].present && views[k].element() == lrk::kDtypes)) {
@@ -188,15 +188,21 @@ int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t gro
   for (const View& view : views)
     if (view.present && !same_layout(view, param)) return 0;
   if (!param.empty() && !is_dense(param)) return 0;
-  const View &prev_read = views[kLists - 2], &prev_write = views[kLists - 1];
+  const View &master = views[kLists - 3], &prev_read = views[kLists - 2], &prev_write = views[kLists - 1];
+  if (master.present && master.element() != lrk::kFloat32) {
+    error("master[" + std::to_string(i) + "] is not float32");
+    return -1;
+  }
   row.param = param.memory();
   row.grad = grad.memory();
+  row.master = master.present ? master.memory() : nullptr;
   row.prev_write = prev_write.present ? prev_write.memory() : nullptr;
   row.prev_read = prev_read.present ? prev_read.memory() : row.prev_write;
   row.prev_dtype = prev_write.present ? prev_write.element() : prev_read.present ? prev_read.element() : grad.element();
   row.counts = counts + i * lrk::kCounts;
   row.numel = param.numel();
   row.group = group;
+  row.index = int32_t(i);
   row.param_dtype = param.element();
   row.grad_dtype = grad.element();
   job.rows.push_back(row);
@@ -204,8 +210,8 @@ int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t gro
 }
 
 const char run_doc[] =
-    "run(verbs, rule, measure, two_pass, params, grads, state0, state1, state2, prev_read, prev_write, groups, counts, "
-    "control, settings, lr, hyper, table, decay, history, found_inf, grad_scale)\n--\n\n"
+    "run(verbs, rule, measure, two_pass, params, grads, state0, state1, state2, master, prev_read, prev_write, groups, "
+    "counts, control, settings, lr, hyper, table, decay, history, found_inf, grad_scale)\n--\n\n"
     "Runs the verbs, or changes nothing and returns the indices of the rows whose tensors do not share one dense "
     "layout.";
 
@@ -216,9 +222,9 @@ PyObject* run(PyObject*, PyObject* args) {
   PyObject* lists[kLists];
   Column columns[kLists];
   PyObject *groups, *counts, *control, *settings, *lr, *hyper, *table, *decay, *history, *found_inf, *grad_scale;
-  if (!PyArg_ParseTuple(args, "iiipOOOOOOOOOOOOOOOOOO", &verbs, &job.rule, &job.measure, &two_pass, &lists[0],
-                        &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &lists[6], &groups, &counts, &control,
-                        &settings, &lr, &hyper, &table, &decay, &history, &found_inf, &grad_scale))
+  if (!PyArg_ParseTuple(args, "iiipOOOOOOOOOOOOOOOOOOO", &verbs, &job.rule, &job.measure, &two_pass, &lists[0],
+                        &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &lists[6], &lists[7], &groups, &counts,
+                        &control, &settings, &lr, &hyper, &table, &decay, &history, &found_inf, &grad_scale))
     return nullptr;
   job.two_pass = two_pass != 0;
   for (int k = 0; k < kLists; ++k)

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define LRK_RULE __host__ __device__ __forceinline__
@@ -48,6 +49,7 @@ enum Control {
   kLastGradSq,   // |g|^2 of the last completed step
   kLastMoveSq,   // |x_{t+1} - x_t|^2 of the last completed step
   kClip,         // this step's clip factor
+  kLength,       // what this step's direction is divided by: its length, where it is normalised
   kSkip,         // this step changes nothing
   kFirstLr,      // gala, volsched: the first group's rate before the first step, lr_0
   kSignal,       // volsched: the value observed for this step; NaN when there is none
@@ -68,12 +70,13 @@ enum Setting {
   kLag,
   kFreezeAfter,
   kDelta,
-  kTotalSteps,
   kWindow,
   kSensitivity,
   kWarmupSteps,
   kWarmupStart,
   kCapacity,
+  kNormalize,
+  kStochasticRounding,
   kSettings
 };
 
@@ -116,19 +119,20 @@ LRK_RULE double sqrt(double a) {
   return ::sqrt(a);
 }
 
-// m <- momentum m + (1 - dampening) g;  p <- p - lr d,  d = m, or g + momentum m (Nesterov), or g (no momentum).
+// m <- momentum m + (1 - dampening) g;  p <- p - lr d,  d = m, or g + momentum m (Nesterov), or g (no momentum);
+// normalised: p <- p - lr d / |d|.
 template <class T>
 struct SgdStep {
   T weight_decay, decay, momentum, undampened, minus_lr;
   bool coupled, has_momentum, nesterov;
 
   // The buffer starts at zero; torch starts it at the first gradient, undampened.
-  LRK_RULE SgdStep(const double* hyper, double lr, float updates)
+  LRK_RULE SgdStep(const double* hyper, double lr, double length, float updates)
       : weight_decay(T(hyper[kWeightDecay])),
         decay(T(hyper[kDecoupled] != 0 ? 1.0 - lr * hyper[kWeightDecay] : 1.0)),
         momentum(T(hyper[kMomentum])),
         undampened(updates == 0 && hyper[kZeroInit] == 0 ? T(1) : T(1.0 - hyper[kDampening])),
-        minus_lr(T(-lr)),
+        minus_lr(T(-(lr / length))),
         coupled(hyper[kWeightDecay] != 0 && hyper[kDecoupled] == 0),
         has_momentum(hyper[kMomentum] != 0),
         nesterov(hyper[kNesterov] != 0) {}
@@ -150,14 +154,14 @@ struct AdamWStep {
   bool near_start, amsgrad;
 
   // `updates` counts the updates before this one.
-  LRK_RULE AdamWStep(const double* hyper, double lr, float updates)
+  LRK_RULE AdamWStep(const double* hyper, double lr, double length, float updates)
       : decay(T(1.0 - lr * hyper[kWeightDecay])),
         weight1(T(1.0 - hyper[kBeta1])),
         beta2(T(hyper[kBeta2])),
         weight2(T(1.0 - hyper[kBeta2])),
         bias2_sqrt(T(::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates) + 1.0)))),
         eps(T(hyper[kEps])),
-        minus_step_size(T(-(lr / (1.0 - ::pow(hyper[kBeta1], double(updates) + 1.0))))),
+        minus_step_size(T(-(lr / length / (1.0 - ::pow(hyper[kBeta1], double(updates) + 1.0))))),
         near_start(weight1 < T(0.5)),
         amsgrad(hyper[kAmsgrad] != 0) {
     if (!near_start) weight1 -= T(1);  // torch.lerp starts at the nearer end
@@ -188,6 +192,56 @@ struct AdamWDirection {
 
   LRK_RULE T operator()(T exp_avg, T second) const { return (exp_avg * unbias1) / (sqrt(second) * unbias2_sqrt + eps); }
 };
+
+// Rounding at random, up with the probability of the part that is cut off, so that small updates are not lost on the
+// average. The bits are a hash of the step, the parameter and the element: the same on every backend, in every run.
+
+LRK_RULE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+LRK_RULE float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A bijection of 32 bits in which every input bit moves every output bit (Wellons' lowbias32).
+LRK_RULE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// One for each parameter and step; `row` counts the optimizer's parameters.
+LRK_RULE uint32_t random_key(double step, uint32_t row) {
+  return mix(mix(uint32_t(uint64_t(step))) + row);
+}
+
+LRK_RULE uint32_t random_bits(uint32_t key, uint64_t element) {
+  return mix(mix(uint32_t(element)) ^ key ^ uint32_t(element >> 32));
+}
+
+LRK_RULE uint16_t to_bfloat16_at_random(float x, uint32_t random) {
+  const uint32_t bits = float_to_bits(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return uint16_t(is_nan ? 0x7fc0u : (finite ? bits + (random & 0xffffu) : bits) >> 16);
+}
+
+LRK_RULE uint16_t to_float16_at_random(float x, uint32_t random) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t normal = (magnitude - 0x38000000u + (random & 0x1fffu)) >> 13;
+  const bool is_normal = magnitude >= 0x38800000u, is_large = magnitude >= 0x47800000u;
+  const float steps = bits_to_float(is_normal ? 0u : magnitude) * 0x1p24f;  // below 2^-14 the values are 2^-24 apart
+  const uint32_t whole = uint32_t(steps);
+  const uint32_t subnormal = whole + ((steps - float(whole)) * 65536.0f > float(random & 0xffffu) ? 1u : 0u);
+  return uint16_t(sign | (is_large ? special : (is_normal ? normal : subnormal)));
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // DECIDE: scalars, in float64.
@@ -237,8 +291,11 @@ LRK_RULE double gala_factor(double* control, const double* settings, const doubl
   if (control[kStep] > 0) {
     const double smoothness = ::sqrt(sums[kDiffSq]) / ::sqrt(control[kLastMoveSq]);
     if (is_finite(smoothness)) control[kSmoothness] = smoothness;
-    const double a = rule == kSgd ? sums[kDotPrev] : sums[kDotDirection];
-    const double b = control[kSmoothness] * (rule == kSgd ? control[kLastGradSq] : sums[kDirectionSq]);
+    const bool normalized = settings[kNormalize] != 0, along_gradient = rule == kSgd && !normalized;
+    const double unit = normalized ? ::sqrt(sums[kDirectionSq]) : 1.0;
+    const double a = along_gradient ? sums[kDotPrev] : sums[kDotDirection] / unit;
+    const double length_sq = along_gradient ? control[kLastGradSq] : sums[kDirectionSq] / (unit * unit);
+    const double b = control[kSmoothness] * length_sq;
     if (is_finite(a) && is_finite(b)) {
       control[kNumerator] += a;
       control[kDenominator] += b;
@@ -247,6 +304,17 @@ LRK_RULE double gala_factor(double* control, const double* settings, const doubl
   const double lr = (delta * lr0 + control[kNumerator]) / (delta + control[kDenominator]);
   const double factor = clamp(lr, settings[kMinLr], settings[kMaxLr]) / lr0;
   return is_finite(factor) ? factor : control[kNextFactor];
+}
+
+// |momentum m + (1 - dampening) g|, the length of SGD's next buffer, from the sums over both; 1 where it is 0 or not
+// finite, so that nothing is divided by it. All groups have the same momentum and dampening.
+LRK_RULE double direction_length(const double* sums, const double* hyper) {
+  const double momentum = hyper[kMomentum], undampened = momentum != 0 ? 1.0 - hyper[kDampening] : 1.0;
+  const double along = momentum != 0 ? sums[kDotDirection] : 0.0, buffer_sq = momentum != 0 ? sums[kDirectionSq] : 0.0;
+  const double square =
+      momentum * momentum * buffer_sq + 2.0 * momentum * undampened * along + undampened * undampened * sums[kGradSq];
+  const double length = ::sqrt(square);
+  return length > 0 && is_finite(length) ? length : 1.0;
 }
 
 // std(r_i, ddof = 1) of the last `count` log-returns r_i = ln(x_{i+1} / x_i) in the ring of signals.
@@ -297,12 +365,12 @@ LRK_RULE double volsched_factor(double* control, const double* settings, const d
 
 LRK_RULE void begin(double* control, bool found_inf) {
   control[kFactor] = control[kNextFactor];
-  control[kClip] = 1.0;
+  control[kClip] = control[kLength] = 1.0;
   control[kSkip] = found_inf ? 1.0 : 0.0;
 }
 
-// What the sums say: the statistics, the clip, whether to skip, the closed loop's next factor.
-LRK_RULE void decide(double* control, const double* settings, int rule, bool two_pass) {
+// What the sums say: the statistics, the clip, the length, whether to skip, the closed loop's next factor.
+LRK_RULE void decide(double* control, const double* settings, const double* hyper, int rule, bool two_pass) {
   const double* sums = control + kSumsAt;
   double* stats = control + kStatsAt;
   const double norm = ::sqrt(sums[kGradSq]);
@@ -316,6 +384,7 @@ LRK_RULE void decide(double* control, const double* settings, int rule, bool two
   if (settings[kSkipNonfinite] != 0 && !is_finite(sums[kGradSq])) control[kSkip] = 1.0;
   if (control[kSkip] != 0) return;
   if (is_finite(settings[kMaxGradNorm])) control[kClip] = clip_factor(norm, settings[kMaxGradNorm]);
+  if (settings[kNormalize] != 0) control[kLength] = direction_length(sums, hyper);
   if (!is_finite(sums[kGradSq])) return;
   if (settings[kClosedLoop] == kAlignment)
     control[kNextFactor] = alignment_factor(control, settings, stats[kStatDirectionCosine]);

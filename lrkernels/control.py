@@ -56,10 +56,9 @@ class Stats(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def settings_row(closed_loop: ClosedLoop | None, max_grad_norm: float | None) -> Tensor:
-    """Return what the decision is told, in the order of ``layout.Setting``."""
-    values: dict[Setting, float] = dict.fromkeys(Setting, 0.0)
-    values[Setting.MAX_GRAD_NORM] = math.inf if max_grad_norm is None else max_grad_norm
+def settings_row(closed_loop: ClosedLoop | None, given: Mapping[Setting, float]) -> Tensor:
+    """Return what the decision is told, in the order of ``layout.Setting``; what is not ``given`` is off."""
+    values: dict[Setting, float] = {**dict.fromkeys(Setting, 0.0), Setting.MAX_GRAD_NORM: math.inf, **given}
     if closed_loop is not None:
         values[Setting.MIN_LR], values[Setting.MAX_LR] = closed_loop.min_lr, closed_loop.max_lr
     match closed_loop:
@@ -71,8 +70,8 @@ def settings_row(closed_loop: ClosedLoop | None, max_grad_norm: float | None) ->
             values[Setting.CLOSED_LOOP], values[Setting.DELTA] = ClosedLoopKind.GALA, delta
         case VolSchedule() as vol:
             values[Setting.CLOSED_LOOP] = ClosedLoopKind.VOL_SCHED
-            values[Setting.TOTAL_STEPS], values[Setting.WINDOW] = vol.total_steps, vol.window
-            values[Setting.SENSITIVITY], values[Setting.CAPACITY] = vol.sensitivity, vol.capacity
+            values[Setting.WINDOW], values[Setting.CAPACITY] = vol.window, vol.capacity
+            values[Setting.SENSITIVITY] = vol.sensitivity
             values[Setting.WARMUP_STEPS], values[Setting.WARMUP_START] = vol.warmup_steps, vol.warmup_start
     return torch.tensor([values[slot] for slot in Setting], dtype=torch.float64)
 
@@ -84,11 +83,11 @@ class Controller:
         self,
         open_loop: Callable[[int], float] | None,
         closed_loop: ClosedLoop | None,
-        max_grad_norm: float | None,
+        settings: Mapping[Setting, float],
         history_size: int | None,
     ) -> None:
         self.open_loop, self.closed_loop = open_loop, closed_loop
-        self.settings = settings_row(closed_loop, max_grad_norm)
+        self.settings = settings_row(closed_loop, settings)
         signals = closed_loop.capacity if isinstance(closed_loop, VolSchedule) else 1
         self.control = self._fresh(RING_AT + signals)
         self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)
@@ -109,7 +108,7 @@ class Controller:
         start = loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
         control = torch.zeros(size, dtype=torch.float64)
         control[Control.FACTOR] = control[Control.NEXT_FACTOR] = start
-        control[Control.CLIP] = 1.0
+        control[Control.CLIP] = control[Control.LENGTH] = 1.0
         control[STATS_AT + 1 : SUMS_AT - 1] = math.nan  # all but the two counts, step and skipped
         control[Control.SIGNAL] = control[Control.FIRST_LR] = math.nan
         return control
@@ -137,6 +136,11 @@ class Controller:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.control.device
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no step yet, or none since a checkpoint was loaded."""
+        return self._calls == 0
 
     @property
     def sums(self) -> Tensor:

@@ -57,6 +57,7 @@ class Control(_Slots):
     LAST_GRAD_SQ = auto()
     LAST_MOVE_SQ = auto()
     CLIP = auto()
+    LENGTH = auto()
     SKIP = auto()
     FIRST_LR = auto()
     SIGNAL = auto()
@@ -81,12 +82,13 @@ class Setting(_Slots):
     LAG = auto()
     FREEZE_AFTER = auto()
     DELTA = auto()
-    TOTAL_STEPS = auto()
     WINDOW = auto()
     SENSITIVITY = auto()
     WARMUP_STEPS = auto()
     WARMUP_START = auto()
     CAPACITY = auto()
+    NORMALIZE = auto()
+    STOCHASTIC_ROUNDING = auto()
 
 
 class ClosedLoopKind(_Slots):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .layout import SUMS_AT, Control, Count, Hyper, Measure, Rule, Sum, Verb
+from .layout import SUMS_AT, Control, Count, Hyper, Measure, Rule, Setting, Sum, Verb
 
 try:
     from . import _C  # type: ignore[attr-defined]
@@ -45,13 +45,16 @@ except (ImportError, AttributeError, ValueError) as error:
 __all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
 
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
-LISTS = 7  # the arguments that are lists of tensors come first
-READ_ONLY = (1, 5)  # of them: grads and prev_read
+LISTS = 8  # the arguments that are lists of tensors come first
+READ_ONLY = (1, 6)  # of them: grads and prev_read
 
-_READ = "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor?[] prev_read"
+_READ = (
+    "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor[] master, "
+    "Tensor?[] prev_read"
+)
 _WRITTEN = (
     "Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, Tensor(d!)[] state2, "
-    "Tensor?[] prev_read"
+    "Tensor(i!)[] master, Tensor?[] prev_read"
 )
 _REST = (
     "Tensor groups, Tensor(f!) counts, Tensor(g!) control, Tensor settings, Tensor lr, Tensor hyper, Tensor table, "
@@ -78,6 +81,7 @@ def run_eager(
     state0: list[Tensor],
     state1: list[Tensor],
     state2: list[Tensor],
+    master: list[Tensor | None],
     prev_read: list[Tensor | None],
     prev_write: list[Tensor],
     groups: Tensor,
@@ -105,7 +109,10 @@ def run_eager(
             group = int(groups[index])
             kept = prev_write[index] if prev_write else None
             moments = [state[index] for state in states if state[index] is not None]
-            taken.append(_Row(param, grad, moments, prev, kept, counts[index], rows[group], lr[group]))
+            wide = master[index] if master else None
+            key = rules.random_key(control[Control.STEP], index) if scalars[Setting.STOCHASTIC_ROUNDING] else None
+            row = _Row(param, grad, moments, wide, prev, kept, counts[index], rows[group], lr[group], key)
+            taken.append(row)
 
     if verbs & Verb.MEASURE:
         rules.begin(control, found_inf)
@@ -114,7 +121,7 @@ def run_eager(
             measured = sum((row.measure(rule, measure, grad_scale) for row in taken), torch.zeros_like(sums))
             sums.copy_(torch.where(skip, torch.full_like(sums, torch.nan), measured))
     if verbs & Verb.DECIDE and measure and not one_pass:
-        rules.decide(control, scalars, rule, True)
+        rules.decide(control, scalars, rows[0], rule, True)
     if verbs & Verb.APPLY:
         skip = control[Control.SKIP] != 0
         multiplier = rules.at(table, control[Control.STEP])
@@ -124,7 +131,7 @@ def run_eager(
             moved = moved + row.apply(rule, rate, control, grad_scale, skip, bool(measure & Measure.MOVE))
         sums[Sum.MOVE_SQ] = moved
         if one_pass and measure:
-            rules.decide(control, scalars, rule, False)
+            rules.decide(control, scalars, rows[0], rule, False)
         rules.finish(control, scalars, decay, history, lr[0], multiplier)
 
 
@@ -136,14 +143,18 @@ class _Row:
         param: Tensor,
         grad: Tensor,
         states: list[Tensor],
+        master: Tensor | None,
         prev: Tensor | None,
         kept: Tensor | None,
         count: Tensor,
         hyper: list[float],
         lr: Tensor,
+        key: Tensor | None,
     ) -> None:
         self.param, self.grad, self.states, self.prev, self.kept = param, grad, states, prev, kept
         self.count, self.hyper, self.lr = count, hyper, lr
+        self.master = param if master is None else master  # what the update works on
+        self.key = key  # for rounding at random
         self.dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
 
     def unscaled(self, grad_scale: Tensor | None) -> Tensor:
@@ -186,6 +197,15 @@ class _Row:
             sums += [dot(grad, prev), dot(prev, prev), torch.where(has_prev, dot(difference, difference), zero)]
         return torch.stack([*sums, zero])
 
+    def rounded(self, result: Tensor) -> Tensor:
+        """Return the new parameter in its own dtype."""
+        at_random = {torch.bfloat16: rules.to_bfloat16_at_random, torch.float16: rules.to_float16_at_random}
+        if self.key is None or self.param.dtype not in at_random:
+            return result.to(self.param.dtype)
+        strides = torch.empty_like(self.param).stride()  # dense, in the order of the parameter's strides
+        element = torch.arange(result.numel(), device=result.device).as_strided(result.shape, strides)
+        return at_random[self.param.dtype](result, rules.random_bits(self.key, element))
+
     def apply(
         self, rule: int, rate: Tensor, control: Tensor, grad_scale: Tensor | None, skip: Tensor, move: bool
     ) -> Tensor:
@@ -193,27 +213,33 @@ class _Row:
         unscaled = self.unscaled(grad_scale)
         sign = -1.0 if self.hyper[Hyper.MAXIMIZE] else 1.0
         grad = unscaled * (sign * control[Control.CLIP]).to(self.dtype)
-        param = self.param.to(self.dtype)
+        param = self.master.to(self.dtype)
         states: list[Tensor | None] = [state.to(self.dtype) for state in self.states]
         updates = self.count[Count.UPDATES]
         if rule == Rule.SGD:
             buffer = states[0] if states and self.hyper[Hyper.MOMENTUM] else None
-            new, buffer = rules.sgd_step(param, grad, buffer, self.hyper, rate, updates)
+            new, buffer = rules.sgd_step(param, grad, buffer, self.hyper, rate, control[Control.LENGTH], updates)
             results = [new, buffer]
         else:
             maximal = states[2] if self.hyper[Hyper.AMSGRAD] else None
-            results = list(rules.adamw_step(param, grad, states[0], states[1], maximal, self.hyper, rate, updates))  # type: ignore[arg-type]
-        before = self.param.to(self.dtype, copy=True) if move else None
-        targets = [self.param, *self.states] + ([self.kept] if self.kept is not None else [])
+            moments = (states[0], states[1], maximal)
+            results = list(
+                rules.adamw_step(param, grad, *moments, self.hyper, rate, control[Control.LENGTH], updates)  # type: ignore[arg-type]
+            )
+        before = self.master.to(self.dtype, copy=True) if move else None
+        targets = [self.master, *self.states] + ([self.kept] if self.kept is not None else [])
         results = results[: len(self.states) + 1] + ([unscaled] if self.kept is not None else [])
         for target, result in zip(targets, results, strict=True):
             if result is not None:
-                target.copy_(torch.where(skip, target, result.to(target.dtype)))
+                rounded = self.rounded(result) if target is self.param else result.to(target.dtype)
+                target.copy_(torch.where(skip, target, rounded))
+        if self.master is not self.param:
+            self.param.copy_(torch.where(skip, self.param, self.master.to(self.param.dtype)))
         self.count[Count.UPDATES] += (~skip).float()
         self.count[Count.HAS_PREV] = torch.where(skip, self.count[Count.HAS_PREV], torch.ones_like(updates))
         if before is None:
             return torch.zeros_like(self.lr)
-        return (self.param.to(self.dtype).double() - before.double()).square().sum()
+        return (self.master.to(self.dtype).double() - before.double()).square().sum()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

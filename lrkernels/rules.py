@@ -33,9 +33,18 @@ def sqrt(a: Tensor) -> Tensor:
 
 
 def sgd_step(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, hyper: list[float], lr: Tensor, updates: Tensor
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    hyper: list[float],
+    lr: Tensor,
+    length: Tensor,
+    updates: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """M <- momentum m + (1 - dampening) g; p <- p - lr d, with d = m, g + momentum m (Nesterov) or g (no momentum)."""
+    """M <- momentum m + (1 - dampening) g; p <- p - lr d, with d = m, g + momentum m (Nesterov) or g (no momentum).
+
+    Normalised: p <- p - lr d / |d|, with ``length`` = |d|.
+    """
 
     def cast(value: float | Tensor) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float64, device=param.device).to(param.dtype)
@@ -52,7 +61,7 @@ def sgd_step(
         momentum = cast(hyper[Hyper.MOMENTUM])
         buffer = fma(grad, cast(undampened), buffer * momentum)
         direction = fma(buffer, momentum, grad) if hyper[Hyper.NESTEROV] else buffer
-    return fma(direction, cast(-lr), param), buffer
+    return fma(direction, cast(-(lr / length)), param), buffer
 
 
 def adamw_step(
@@ -63,6 +72,7 @@ def adamw_step(
     max_exp_avg_sq: Tensor | None,
     hyper: list[float],
     lr: Tensor,
+    length: Tensor,
     updates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """M <- lerp(m, g, 1 - beta1); v <- beta2 v + (1 - beta2) g^2; p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
@@ -87,7 +97,7 @@ def adamw_step(
         second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt()
     denominator = sqrt(second) / cast(bias2_sqrt) + cast(hyper[Hyper.EPS])
-    step_size = lr / (1.0 - hyper[Hyper.BETA1] ** step)
+    step_size = lr / length / (1.0 - hyper[Hyper.BETA1] ** step)
     param = param + (exp_avg * cast(-step_size)) / denominator
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
@@ -99,6 +109,51 @@ def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: list[float], updates
     unbias2_sqrt = (1.0 / (1.0 - hyper[Hyper.BETA2] ** step).sqrt()).to(exp_avg.dtype)
     direction = (exp_avg * unbias1) / (sqrt(second) * unbias2_sqrt + hyper[Hyper.EPS])
     return torch.where(updates > 0, direction, torch.zeros_like(direction))
+
+
+# Rounding at random, up with the probability of the part that is cut off, so that small updates are not lost on the
+# average. The bits are a hash of the step, the parameter and the element: the same on every backend, in every run.
+# 32-bit integers are kept in int64 tensors.
+
+LOW = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32 bits in which every input bit moves every output bit (Wellons' lowbias32)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW
+    return x ^ (x >> 16)
+
+
+def random_key(step: Tensor, row: int) -> Tensor:
+    """One for each parameter and step; ``row`` counts the optimizer's parameters."""
+    return mix((mix(step.long() & LOW) + row) & LOW)
+
+
+def random_bits(key: Tensor, element: Tensor) -> Tensor:
+    """32 bits for each element, counted through the parameter's memory."""
+    return mix(mix(element & LOW) ^ key ^ (element >> 32))
+
+
+def to_bfloat16_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """Round float32 to bfloat16."""
+    bits = x.view(torch.int32).long() & LOW
+    rounded = torch.where(x.isfinite(), bits + (random & 0xFFFF), bits) >> 16
+    return torch.where(x.isnan(), 0x7FC0, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+def to_float16_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """Round float32 to float16."""
+    bits = x.view(torch.int32).long() & LOW
+    sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    special = torch.where(x.isnan(), 0x7E00, 0x7C00)
+    normal = (magnitude - 0x38000000 + (random & 0x1FFF)) >> 13
+    is_normal, is_large = magnitude >= 0x38800000, magnitude >= 0x47800000
+    steps = torch.where(is_normal, 0.0, x.abs()) * 2.0**24  # below 2^-14 the values are 2^-24 apart
+    whole = steps.floor()
+    subnormal = whole.long() + ((steps - whole) * 65536.0 > random & 0xFFFF).long()
+    half = torch.where(is_large, special, torch.where(is_normal, normal, subnormal))
+    return (sign | half).to(torch.int16).view(torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,14 +203,31 @@ def gala_factor(control: Tensor, settings: list[float], sums: Tensor, rule: int)
     smoothness = sums[Sum.DIFF_SQ].sqrt() / control[Control.LAST_MOVE_SQ].sqrt()
     defined = started & smoothness.isfinite()
     control[Control.SMOOTHNESS] = torch.where(defined, smoothness, control[Control.SMOOTHNESS])
-    a = sums[Sum.DOT_PREV] if rule == Rule.SGD else sums[Sum.DOT_DIRECTION]
-    b = control[Control.SMOOTHNESS] * (control[Control.LAST_GRAD_SQ] if rule == Rule.SGD else sums[Sum.DIRECTION_SQ])
+    along_gradient = rule == Rule.SGD and not settings[Setting.NORMALIZE]
+    unit = sums[Sum.DIRECTION_SQ].sqrt() if settings[Setting.NORMALIZE] else torch.ones_like(lr0)
+    a = sums[Sum.DOT_PREV] if along_gradient else sums[Sum.DOT_DIRECTION] / unit
+    length_sq = control[Control.LAST_GRAD_SQ] if along_gradient else sums[Sum.DIRECTION_SQ] / (unit * unit)
+    b = control[Control.SMOOTHNESS] * length_sq
     counts = started & a.isfinite() & b.isfinite()
     control[Control.NUMERATOR] += torch.where(counts, a, torch.zeros_like(a))
     control[Control.DENOMINATOR] += torch.where(counts, b, torch.zeros_like(b))
     lr = (delta * lr0 + control[Control.NUMERATOR]) / (delta + control[Control.DENOMINATOR])
     factor = lr.clamp(settings[Setting.MIN_LR], settings[Setting.MAX_LR]) / lr0
     return torch.where(factor.isfinite(), factor, control[Control.NEXT_FACTOR])
+
+
+def direction_length(sums: Tensor, hyper: list[float]) -> Tensor:
+    """|momentum m + (1 - dampening) g|, the length of SGD's next buffer, from the sums over both.
+
+    1 where it is 0 or not finite, so that nothing is divided by it. All groups have the same momentum and dampening.
+    """
+    momentum, square = hyper[Hyper.MOMENTUM], sums[Sum.GRAD_SQ]
+    if momentum:
+        undampened = 1.0 - hyper[Hyper.DAMPENING]
+        square = momentum * momentum * sums[Sum.DIRECTION_SQ] + 2.0 * momentum * undampened * sums[Sum.DOT_DIRECTION]
+        square = square + undampened * undampened * sums[Sum.GRAD_SQ]
+    length = square.sqrt()
+    return torch.where((length > 0) & length.isfinite(), length, torch.ones_like(length))
 
 
 def volatility(returns: Tensor, count: Tensor | float) -> Tensor:
@@ -201,11 +273,12 @@ def begin(control: Tensor, found_inf: Tensor | None) -> None:
     """Start a step: the factor decided so far, no clip, and whether the gradient scaler wants it skipped."""
     control[Control.FACTOR] = control[Control.NEXT_FACTOR]
     control[Control.CLIP] = 1.0
+    control[Control.LENGTH] = 1.0
     control[Control.SKIP] = 0.0 if found_inf is None else (found_inf.reshape(()) != 0).double()
 
 
-def decide(control: Tensor, settings: list[float], rule: int, two_pass: bool) -> None:
-    """What the sums say: the statistics, the clip, whether to skip, the closed loop's next factor."""
+def decide(control: Tensor, settings: list[float], hyper: list[float], rule: int, two_pass: bool) -> None:
+    """What the sums say: the statistics, the clip, the length, whether to skip, the closed loop's next factor."""
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
     norm = sums[Sum.GRAD_SQ].sqrt()
     curvature = sums[Sum.DIFF_SQ].sqrt() / control[Control.LAST_MOVE_SQ].sqrt()
@@ -227,6 +300,8 @@ def decide(control: Tensor, settings: list[float], rule: int, two_pass: bool) ->
     if math.isfinite(settings[Setting.MAX_GRAD_NORM]):
         clip = clip_factor(norm, settings[Setting.MAX_GRAD_NORM])
         control[Control.CLIP] = torch.where(skip, control[Control.CLIP], clip)
+    if settings[Setting.NORMALIZE]:
+        control[Control.LENGTH] = torch.where(skip, control[Control.LENGTH], direction_length(sums, hyper))
     trial = control.clone()
     if settings[Setting.CLOSED_LOOP] == ClosedLoopKind.ALIGNMENT:
         trial[Control.NEXT_FACTOR] = alignment_factor(trial, settings, values["direction_cosine"])

@@ -49,7 +49,7 @@ def f64(value):
 
 def new_control(ring=1):
     control = torch.zeros(RING_AT + ring, dtype=torch.float64)
-    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP]] = 1.0
+    control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP, Control.LENGTH]] = 1.0
     control[Control.SIGNAL] = math.nan
     control[Control.FIRST_LR] = 0.1
     return control
@@ -79,6 +79,7 @@ class Job:
     state0: list[Tensor] = field(default_factory=list)
     state1: list[Tensor] = field(default_factory=list)
     state2: list[Tensor] = field(default_factory=list)
+    master: list[Tensor] = field(default_factory=list)
     prev_read: list[Tensor | None] = field(default_factory=list)
     prev_write: list[Tensor] = field(default_factory=list)
     groups: Tensor | None = None
@@ -220,8 +221,8 @@ def test_opcheck(name, rule):
 WRITTEN = {
     "measure_": {"counts", "control", "history"},
     "decide_": {"counts", "control", "history"},
-    "apply_": {*TRAINED, "control", "history"},
-    "step_": {*TRAINED, "control", "history"},
+    "apply_": {*TRAINED, "master", "control", "history"},
+    "step_": {*TRAINED, "master", "control", "history"},
 }
 
 
@@ -303,7 +304,7 @@ def test_compiles_into_one_graph():
 
     def train(job_arguments, flags, scale):
         torch.ops.lrkernels.step_(*job_arguments, **flags)
-        return job_arguments[0][0] * scale, job_arguments[9].sum()
+        return job_arguments[0][0] * scale, job_arguments[10].sum()
 
     compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
     doubled, total = compiled(job.arguments, job.flags, 2.0)
@@ -462,6 +463,34 @@ def test_native_has_the_bits_of_eager_in_every_dtype(name, dtypes, two_pass):
     assert_same_bits(eager, native, TRAINED)
     assert_same_decisions(eager, native, 1e-11)
     assert native.params[0].dtype == dtype and not torch.equal(native.params[0], job.params[0])
+
+
+@needs_native
+@orders
+@pytest.mark.parametrize("kept", ["master", "at-random"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw-amsgrad"])
+def test_native_has_the_bits_of_eager_in_low_precision(name, half, kept, two_pass):
+    rule, row = CASES[name]
+    shapes = [(1025,), (7,), (), (33, 5), (70_000,)]
+    job = make(shapes, rule, dtype=half, state_dtype=torch.float32, hyper=hyper_row(**row), measure=ALL)
+    job.two_pass = two_pass
+    job.params[3] = job.params[3].t().contiguous().t()  # elements are counted through memory
+    job.state0[3] = job.state0[3].t().contiguous().t()
+    if kept == "master":
+        job.master = [p.float() for p in job.params]
+    else:
+        job.settings[Setting.STOCHASTIC_ROUNDING] = 1.0
+    eager, native = job.copy(), job.copy()
+    for step in range(3):
+        for i, shape in enumerate(shapes):
+            eager.grads[i] = native.grads[i] = randn(shape, 7 * step + i, half)
+        eager.run("eager")
+        native.run("native")
+    assert_same_bits(eager, native, (*TRAINED, "master"))
+    assert_same_decisions(eager, native, 1e-11)
+    for p, master in zip(native.params, native.master, strict=False):
+        assert torch.equal(p, master.to(half))
 
 
 @needs_native

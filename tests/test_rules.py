@@ -1,12 +1,13 @@
 """The rules and the layout of the small tensors: Python and C++ agree, and both say what the formulas say."""
 
 import ast
+import itertools
 import math
 import re
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,7 +101,7 @@ def test_rules_have_the_same_names_in_the_same_order():
     pattern = r"^(?:struct (\w+)|LRK_RULE (?:\w+) (\w+)\()"
     there = [struct or function for struct, function in re.findall(pattern, RULES_H.read_text(), re.M)]
     there = list(dict.fromkeys(there))  # fma and sqrt come in two types
-    there = [name for name in there if name not in ("is_finite", "clamp")]  # torch has its own
+    there = [name for name in there if name not in ("is_finite", "clamp", "float_to_bits", "bits_to_float")]
     assert [name.replace("_", "") for name in here] == [name.replace("_", "").lower() for name in there]
     assert len(here) > 10
 
@@ -192,7 +193,7 @@ def test_sgd_step_is_its_formula(case):
     param, m = f64([x]), 0.0
     buffer = f64([0.0]) if momentum else None
     for t, g in enumerate([0.7, -0.2, 1.1]):
-        param, buffer = rules.sgd_step(param, f64([g]), buffer, hyper, f64(lr), torch.tensor(float(t)))
+        param, buffer = rules.sgd_step(param, f64([g]), buffer, hyper, f64(lr), f64(1.0), torch.tensor(float(t)))
         if decoupled:
             x -= lr * decay * x
         else:
@@ -220,7 +221,7 @@ def test_adamw_step_is_its_formula(beta1, beta2, amsgrad):
             direction = rules.adamw_direction(exp_avg, second, hyper, torch.tensor(float(t)))
             assert direction.item() == pytest.approx(wanted, rel=1e-12)
         param, exp_avg, exp_avg_sq, maximal = rules.adamw_step(
-            param, f64([g]), exp_avg, exp_avg_sq, maximal, hyper, f64(lr), torch.tensor(float(t))
+            param, f64([g]), exp_avg, exp_avg_sq, maximal, hyper, f64(lr), f64(1.0), torch.tensor(float(t))
         )
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
@@ -238,6 +239,56 @@ def test_adamw_has_no_direction_before_its_first_update():
     assert direction.tolist() == [0.0]
 
 
+NEIGHBOURS = [0.0, 1e-30, 3e-8, 5.9e-8, 6.05e-8, 6.1e-5, 1.0, 1.0 + 2**-12, 1 / 3, -0.1, 2049.0, -65503.0, 1e-20]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_rounding_at_random_goes_up_by_the_part_cut_off(half):
+    """Every value becomes one of its two neighbours, and the mean over all random bits is the value."""
+    to_half = {torch.bfloat16: rules.to_bfloat16_at_random, torch.float16: rules.to_float16_at_random}[half]
+    random = torch.arange(1 << 16)
+    for value in NEIGHBOURS:
+        x = torch.full((1 << 16,), value)
+        got = to_half(x, random)
+        assert got.dtype == half
+        up = torch.nextafter(got, torch.full_like(got, math.inf)).double()
+        down = torch.nextafter(got, torch.full_like(got, -math.inf)).double()
+        assert bool(((down < x.double()) & (x.double() < up) | (got.double() == x.double())).all()), value
+        spacing = (up - down).max().item() / 2
+        assert got.double().mean().item() == pytest.approx(x[0].item(), abs=spacing / 4096), value
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0, -0.0, 1.5, -2.0])
+def test_rounding_at_random_leaves_what_is_exact(value):
+    for to_half, half in [(rules.to_bfloat16_at_random, torch.bfloat16), (rules.to_float16_at_random, torch.float16)]:
+        got = to_half(torch.full((8,), value), torch.full((8,), 0xFFFFFFFF))
+        wanted = torch.full((8,), value).to(half)
+        assert torch.equal(got.view(torch.int16), wanted.view(torch.int16)) or (math.isnan(value) and got.isnan().all())
+
+
+def test_random_bits_are_evenly_spread_and_differ_by_step_parameter_and_element():
+    element = torch.arange(1 << 14)
+    keys = [rules.random_key(f64(float(step)), row) for step in range(4) for row in range(4)]
+    drawn = torch.stack([rules.random_bits(key, element) for key in keys])
+    ones = ((drawn.reshape(-1, 1) >> torch.arange(32)) & 1).double().mean(0)
+    assert torch.allclose(ones, torch.full((32,), 0.5, dtype=torch.float64), atol=0.005)
+    assert len(drawn.unique()) > 0.9999 * drawn.numel()
+    for a, b in itertools.combinations(drawn.double(), 2):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.05
+    far = rules.random_bits(keys[0], element + (1 << 32))
+    assert (far != drawn[0]).double().mean() > 0.999
+
+
+def test_mix_has_known_values():
+    """Computed with the constants of the published hash, in unsigned 32-bit arithmetic of numpy's."""
+    x = np.array([0, 1, 2, 0xDEADBEEF, 0xFFFFFFFF], dtype=np.uint32)
+    with np.errstate(over="ignore"):
+        y = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        y = (y ^ (y >> np.uint32(15))) * np.uint32(0x846CA68B)
+        y = y ^ (y >> np.uint32(16))
+    assert rules.mix(torch.from_numpy(x.astype(np.int64))).tolist() == y.tolist()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # DECIDE, in Python and in C++: the operators run on sums and signals that the tests write
 
@@ -248,7 +299,7 @@ class Decision:
     def __init__(self, backend, settings=(), ring=1, decay=(1.0,)):
         self.run = ops.backend_for(torch.device("cpu"), backend)
         self.control = torch.zeros(RING_AT + ring, dtype=torch.float64)
-        self.control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP]] = 1.0
+        self.control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP, Control.LENGTH]] = 1.0
         self.control[Control.SIGNAL] = math.nan
         self.control[Control.FIRST_LR] = 1.0
         self.settings = torch.zeros(len(Setting), dtype=torch.float64)
@@ -260,7 +311,7 @@ class Decision:
     def __call__(self, verb, measure=7):
         one, none = f64([1.0]), None
         self.run(
-            *(verb, 0, measure, True, [torch.zeros(1)], [None], none, none, none, none, none),
+            *(verb, 0, measure, True, [torch.zeros(1)], [None], none, none, none, none, none, none),
             *(torch.zeros(1, dtype=torch.int32), torch.zeros(1, 2), self.control, self.settings, one),
             *(f64([[0.0] * layout.HYPERS]), one, self.decay, torch.zeros(4, len(STATS), dtype=torch.float64)),
             *(none, none),
@@ -353,7 +404,6 @@ def vol_settings(sensitivity, capacity, window=4):
         Setting.WINDOW: window,
         Setting.SENSITIVITY: sensitivity,
         Setting.CAPACITY: capacity,
-        Setting.TOTAL_STEPS: 1000,
     }
 
 
@@ -367,7 +417,7 @@ def observed(decision, values):
 
 
 def test_volatility_is_the_sample_deviation_of_log_returns():
-    returns = f64([math.log(b / a) for a, b in pairwise(SIGNAL)]).flip(0)  # the newest first
+    returns = f64([math.log(b / a) for a, b in itertools.pairwise(SIGNAL)]).flip(0)  # the newest first
     overall, recent = rules.volatility(returns, 9), rules.volatility(returns, f64(4.0))
     assert overall.item() == pytest.approx(returns.std(correction=1).item(), rel=1e-14)
     assert recent.item() == pytest.approx(returns[:4].std(correction=1).item(), rel=1e-14)
@@ -400,7 +450,7 @@ def test_volatility_multiplier_when_the_ring_has_wrapped(backend, w, wanted, bef
 def test_volatility_multiplier_sees_a_wild_end(backend):
     """rho < 1 lowers the rate: M = 1 - ln(1 + w (1 - rho))."""
     values = [0.5, 0.52, 0.51, 0.53, 0.52, 0.9, 0.1, 0.8, 0.2]
-    returns = [math.log(b / a) for a, b in pairwise(values)]
+    returns = [math.log(b / a) for a, b in itertools.pairwise(values)]
     rho = (f64(returns).std() / f64(returns[-4:]).std()).item()
     assert rho < 0.9
     decision = observed(Decision(backend, vol_settings(0.7, 20), ring=20), values)

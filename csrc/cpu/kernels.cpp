@@ -145,10 +145,10 @@ void run(Job& job, int verbs) {
   }
   if (one_pass) {
     if (job.control[kSkip] == 0) pass(job, chunks, job.measure != 0, true, false);
-    if (job.measure) decide(job.control, job.settings, job.rule, false);
+    if (job.measure) decide(job.control, job.settings, job.hyper, job.rule, false);
     return advance(job);
   }
-  if (verbs & kDecideVerb) decide(job.control, job.settings, job.rule, true);
+  if (verbs & kDecideVerb) decide(job.control, job.settings, job.hyper, job.rule, true);
   if (verbs & kApplyVerb) {
     if (job.control[kSkip] == 0) pass(job, chunks, false, true, true);
     advance(job);

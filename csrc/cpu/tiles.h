@@ -9,18 +9,6 @@ constexpr int kBlock = 16;
 template <class T>
 constexpr Dtype dtype_of = sizeof(T) == 4 ? kFloat32 : kFloat64;
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 inline float from_bfloat16(uint16_t x) {
   return bits_to_float(uint32_t(x) << 16);
 }
@@ -70,6 +58,19 @@ T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch, T
     default:
       return convert(static_cast<const double*>(memory), same);
   }
+}
+
+// A parameter rounded at random instead; only those of 16 bits are.
+template <class T>
+void store_at_random(void* memory, Dtype dtype, int64_t offset, int size, const T* values, uint32_t key) {
+  const auto convert = [&](auto round) {
+    uint16_t* target = static_cast<uint16_t*>(memory) + offset;
+    for (int i = 0; i < size; ++i) target[i] = round(float(values[i]), random_bits(key, uint64_t(offset + i)));
+  };
+  if (dtype == kBFloat16)
+    convert([](float x, uint32_t random) { return to_bfloat16_at_random(x, random); });
+  else
+    convert([](float x, uint32_t random) { return to_float16_at_random(x, random); });
 }
 
 // What is already in its place needs no store.
@@ -259,7 +260,8 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const double* hyper = job.hyper + row.group * kHypers;
   const double* control = job.control;
   const double multiplier = at(job.table, job.table_size, control[kStep]);
-  const StepRule rule(hyper, rate(job.lr[row.group], multiplier, control, job.settings), row.counts[kUpdates]);
+  const double lr = rate(job.lr[row.group], multiplier, control, job.settings);
+  const StepRule rule(hyper, lr, control[kLength], row.counts[kUpdates]);
   const double sign = hyper[kMaximize] != 0 ? -1.0 : 1.0;
   const T unscale = T(job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0);
   const T scale = T(sign * control[kClip]);
@@ -267,7 +269,12 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const bool momentumless = job.rule == kSgd && hyper[kMomentum] == 0;
   const bool directed = measuring && (job.measure & kDirection);
   const bool moving = job.measure & kMove;
-  const bool native = row.param_dtype == dtype_of<T>;
+  void* const updated = row.master ? row.master : row.param;  // what the update works on
+  const Dtype updated_dtype = row.master ? kFloat32 : row.param_dtype;
+  const bool native = updated_dtype == dtype_of<T>;
+  const bool half = row.param_dtype == kBFloat16 || row.param_dtype == kFloat16;
+  const bool at_random = half && !row.master && job.settings[kStochasticRounding] != 0;
+  const uint32_t key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
   double chunk_sums[kSums] = {};
 
   int size = 0;
@@ -301,7 +308,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
       run_tile(tile, rule, scale, true, false, false, chunk_sums);
       continue;
     }
-    tile.param = load(row.param, row.param_dtype, offset, size, scratch[3]);
+    tile.param = load(updated, updated_dtype, offset, size, scratch[3]);
     if (row.prev_write) {
       // Kept past the caches by the tile itself where it is of one dtype, and has been read by then.
       const bool direct = row.prev_dtype == dtype_of<T> && size % kBlock == 0;
@@ -314,11 +321,15 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     const bool rounded = moving && !native;  // the real move is between what was and what will be in memory
     if (rounded) std::memcpy(before, tile.param, tile.size * sizeof(T));
     run_tile(tile, rule, scale, measuring, true, moving && native, chunk_sums);
-    store(row.param, row.param_dtype, offset, size, tile.param);
+    if (at_random)
+      store_at_random(row.param, row.param_dtype, offset, size, tile.param, key);
+    else
+      store(row.param, row.param_dtype, offset, size, tile.param);
+    if (row.master) store(row.master, kFloat32, offset, size, tile.param);
     for (int k = 0; k < kStates; ++k)
       if (row.states[k]) store(row.states[k], row.state_dtype, offset, size, tile.states[k]);
     if (rounded) {
-      const T* after = load(row.param, row.param_dtype, offset, size, scratch[3]);
+      const T* after = load(updated, updated_dtype, offset, size, scratch[3]);
       Sums<T> moves;
       for (int i = 0; i < tile.size; i += kLanes) moves.add_move(before + i, after + i);
       moves.add_to(chunk_sums, {});
