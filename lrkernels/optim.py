@@ -614,9 +614,11 @@ class FusedOptimizer(Optimizer):
         known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
             counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            if p not in self.state or (counts[Count.UPDATES] == 0 and not self._rehearsed):
+            started = counts[Count.UPDATES] != 0 or self._rehearsed
+            if p not in self.state or not (started or self._required == ()):
                 continue
-            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
+            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:
