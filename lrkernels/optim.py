@@ -330,10 +330,15 @@ class FusedOptimizer(Optimizer):
                     counts[Count.UPDATES] = 0.0
         if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
-        if self._prev_grad == "swap":
+        if not self._keeps_prev():
+            if not self._same_batch:  # one that was kept so far would be an older step's when it is needed again
+                state.pop("prev_grad", None)
+                self._kept.pop(p, None)
+                counts[Count.HAS_PREV] = 0.0
+        elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, version(prev))
-        elif self._keeps_prev():
+        else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
             if prev is None:
