@@ -22,12 +22,12 @@ def _check(condition: bool, message: str) -> None:
 
 def _check_number(name: str, value: Any, low: float = -math.inf) -> None:
     bound = "" if low == -math.inf else f" and >= {low:g}"
-    good = isinstance(value, numbers.Real) and math.isfinite(value) and value >= low
+    good = isinstance(value, numbers.Real) and math.isfinite(float(value)) and float(value) >= low
     _check(good, f"{name} must be finite{bound}, got {value!r}")
 
 
 def _check_whole(name: str, value: Any, low: int) -> None:
-    good = isinstance(value, numbers.Integral) and value >= low
+    good = isinstance(value, numbers.Integral) and int(value) >= low
     _check(good, f"{name} must be a whole number, at least {low}, got {value!r}")
 
 

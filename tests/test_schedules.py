@@ -554,6 +554,7 @@ ERRORS = {
         "total_steps must be a whole number, at least 1",
     ),
     "kappa nan": (lambda: lrs.alignment(kappa=math.nan), "kappa must be finite"),
+    "bias of minus infinity": (lambda: lrs.alignment(bias=-math.inf), "bias must be finite, got -inf"),
     "kappa in words": (lambda: lrs.alignment(kappa="0.2"), "kappa must be finite and >= 0, got '0.2'"),
     "frozen in mid-step": (
         lambda: lrs.alignment(freeze_after=2.5),
