@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -10,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,11 +19,13 @@ from . import ops, schedules
 from .closed_loop import AlignmentSchedule, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .layout import HYPERS, Control, Count, Measure, Rule, Sum, Verb
+from .distributed import local, same_spread, spread_of, version
+from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Verb
 
 __all__ = ["FusedAdamW", "FusedSGD"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 TRACKS = {
     "grad_norm": Measure.NORMS,
     "grad_norm_l1": Measure.NORMS,
@@ -42,8 +44,14 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_prev_grad",
     "_process_group",
     "_backend",
+    "_state_dtype",
+    "_master_weights",
+    "_normalize",
+    "_may_skip",
+    "_rehearsed",
 )
-_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
+MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
+_LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -61,24 +69,30 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
 class _Plan:
     """All parameters, flat and in order, with their states: what a step hands to the kernels besides the gradients."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
         self.device = self.params[0].device if flat else torch.device("cpu")
         devices = sorted({str(p.device) for p in self.params})
         _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
-        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.spread = spread_of(self.params, optimizer._process_group)
+        self.counts = torch.zeros(len(flat), len(Count), dtype=torch.float32, device=self.device)
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
         self.entries = list(self.state.values())
 
-    def is_current(self, optimizer: Optimizer) -> bool:
-        """Whether nobody has exchanged the states, or moved the parameters, since."""
+    def is_current(self, optimizer: FusedOptimizer) -> bool:
+        """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
+        lists = [group["params"] for group in optimizer.param_groups]
         return (
-            self.state is optimizer.state
+            list(map(len, lists)) == self.sizes
+            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
+            and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
+            and self.state is optimizer.state
             and len(self.entries) == len(self.state)
             and all(map(operator.is_, self.entries, self.state.values()))
             and (not self.params or self.params[0].device == self.device)
@@ -100,6 +114,13 @@ class FusedOptimizer(Optimizer):
         process_group: add the sums up over these processes, which hold different parameters (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
+        state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
+        master_weights: keep a float32 copy of each bfloat16 or float16 parameter in its state as ``master_param``; the
+            update works on it, and the parameter gets it rounded. Write to both, or to neither (default: False).
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that small updates are not
+            lost; the bits depend on step, parameter and element alone (default: False).
+        skip_nonfinite: a step with a gradient that is not finite changes nothing and counts as skipped; it costs a
+            pass over the gradients ahead of the update (default: False).
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
@@ -110,7 +131,6 @@ class FusedOptimizer(Optimizer):
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
     _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
         self,
@@ -123,6 +143,11 @@ class FusedOptimizer(Optimizer):
         process_group: Any,
         backend: str | None,
         history_size: int | None,
+        state_dtype: torch.dtype | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        skip_nonfinite: bool,
+        normalize: bool = False,
     ) -> None:
         open_loop, closed_loop = schedules.split(schedule)
         track = (track,) if isinstance(track, str) else tuple(track)
@@ -131,23 +156,41 @@ class FusedOptimizer(Optimizer):
         _check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
         _check(max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         _check(history_size is None or history_size >= 1, f"history_size must be >= 1 or None, got {history_size}")
+        known = state_dtype is None or state_dtype in DTYPES
+        _check(known, f"state_dtype must be None or one of {DTYPES}, got {state_dtype}")
+        _check(
+            not (master_weights and stochastic_rounding),
+            "master_weights=True keeps what stochastic_rounding=True rounds away: choose one",
+        )
+        _check(
+            not (normalize and max_grad_norm is not None),
+            "normalize=True makes every step as long as its rate, so max_grad_norm has nothing to clip: leave it out",
+        )
         self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
         gala = isinstance(closed_loop, GalaSchedule)
         at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
         self._measure = Measure(0)
         for name in track:
             self._measure |= TRACKS[name]
-        if max_grad_norm is not None:
+        if max_grad_norm is not None or skip_nonfinite:
             self._measure |= Measure.NORMS
-        if isinstance(closed_loop, AlignmentSchedule):
+        if isinstance(closed_loop, AlignmentSchedule) or normalize:
             self._measure |= TRACKS["direction"]
         if gala:
             self._measure |= TRACKS["alignment"]
             self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
-        self._two_pass = max_grad_norm is not None or gala or at_once
+        self._two_pass = max_grad_norm is not None or gala or at_once or skip_nonfinite or normalize
         self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
         self._process_group, self._backend = process_group, backend
-        self._controller = Controller(open_loop, closed_loop, max_grad_norm, history_size)
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._normalize, self._may_skip = normalize, skip_nonfinite
+        settings = {
+            Setting.MAX_GRAD_NORM: math.inf if max_grad_norm is None else max_grad_norm,
+            Setting.SKIP_NONFINITE: float(skip_nonfinite),
+            Setting.NORMALIZE: float(normalize),
+            Setting.STOCHASTIC_ROUNDING: float(stochastic_rounding),
+        }
+        self._controller = Controller(open_loop, closed_loop, settings, history_size)
         self._plan: _Plan | None = None
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
@@ -155,8 +198,19 @@ class FusedOptimizer(Optimizer):
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
+        self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands us found_inf and grad_scale, and calls ``step`` all the same.
+
+        accelerate puts a ``step`` of its own in place, and takes each call of it for a step that was made. Under it
+        the scaler unscales, waits and skips as with any optimizer, so ``step_was_skipped`` is right.
+        """
+        return not (getattr(self.step, "__module__", None) or "").startswith("accelerate.")
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -171,6 +225,9 @@ class FusedOptimizer(Optimizer):
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
+
+    def _check_together(self) -> None:
+        """Refuse groups that do not go together."""
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         """Return the group's row of hyper-parameters, in the order of ``layout.Hyper``."""
@@ -189,6 +246,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 _check(not p.is_complex(), f"{type(self).__name__} takes no complex parameters; use torch.view_as_real")
                 _check(p.dtype in DTYPES, f"{type(self).__name__} takes parameters of {DTYPES}, got {p.dtype}")
+            self._check_together()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -205,6 +263,7 @@ class FusedOptimizer(Optimizer):
         if self._seen != seen:
             for group in self.param_groups:
                 self._check_group(group)
+            self._check_together()
             floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
             self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
             rows = [self._hyper(group) for group in self.param_groups]
@@ -225,17 +284,35 @@ class FusedOptimizer(Optimizer):
 
     def _make_plan(self) -> _Plan:
         """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
+        self._adopt_control()
         plan = _Plan(self)
         if self._run is None or plan.device != self._controller.device:
             self._run = ops.backend_for(plan.device, self._backend)
             self._controller.to(plan.device)
             self._seen = None
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
         plan.entries = list(self.state.values())
         self._plan = plan
         return plan
+
+    def _adopt_control(self) -> None:
+        """Continue from a control tensor put into the first group, as by ZeroRedundancyOptimizer."""
+        control = self.param_groups[0].get(CONTROL_KEY, self._controller.control)
+        if control is not self._controller.control:
+            self._check_control(control)
+            self._begin_from(control)
+
+    def _begin_from(self, control: Tensor | None) -> None:
+        """Continue from a checkpoint's control tensor, and from the states that came with it."""
+        self._counts.clear()
+        self._kept.clear()
+        self._controller.load(control)
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
+        self._rehearsed = False
+        self._plan = None
 
     def _fill_state(self, plan: _Plan, i: int) -> None:
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
@@ -248,13 +325,20 @@ class FusedOptimizer(Optimizer):
             counts[Count.HAS_PREV] = float("prev_grad" in state or "prev_param" in state)
         for key in self._state_keys(group):
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(p, dtype=self._state_dtype, memory_format=torch.preserve_format)
                 if key != "max_exp_avg_sq":  # the rule starts anew
                     counts[Count.UPDATES] = 0.0
-        if self._prev_grad == "swap":
+        if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
+            state[MASTER] = p.detach().float()
+        if not self._keeps_prev():
+            if not self._same_batch:  # one that was kept so far would be an older step's when it is needed again
+                state.pop("prev_grad", None)
+                self._kept.pop(p, None)
+                counts[Count.HAS_PREV] = 0.0
+        elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, prev._version)
-        elif self._keeps_prev():
+                self._kept[p] = (prev, version(prev))
+        else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
             if prev is None:
@@ -338,12 +422,17 @@ class FusedOptimizer(Optimizer):
             closure = torch.enable_grad()(closure)
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
-        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         plan = self._plan
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
-        self._refresh_hyper(plan)
         grads = [p.grad for p in plan.params]
+        if plan.spread is not None:
+            grads = plan.spread.aligned(plan.params, grads)
+        if self._controller.is_new and closure is None and self._rehearses(plan, grads):
+            return loss
+        self._rehearsed = False
+        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
+        self._refresh_hyper(plan)
         if self._process_group is None and all(grad is None for grad in grads):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
@@ -360,6 +449,29 @@ class FusedOptimizer(Optimizer):
             self._launch(self._make_plan(), grads, there)
         return loss
 
+    def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
+        """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
+
+        So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
+        """
+        for group in self.param_groups:
+            self._check_group(group)
+        rates = [group["lr"] for group in self.param_groups]
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False  # a rate on the device is not waited for; nor would that function have put it there
+        self._refuse(plan, grads)
+        zero = not self.state and not any(bool(local(grad).any()) for grad in grads if grad is not None)
+        if plan.spread is not None:
+            zero = plan.spread.agree(zero, plan.device)
+        if zero:
+            self._awaken(plan, grads)
+            for p in plan.params if self._same_batch else ():
+                self.state[p]["prev_param"] = p.clone()
+            if self._prev_grad == "swap" and self._keeps_prev():
+                self._keep_grads(plan, grads, False, None)
+            self._rehearsed = True
+        return zero
+
     def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
         """Return this batch's gradients where the parameters were before the last update."""
         points = {p: state["prev_param"] for p, state in self.state.items() if "prev_param" in state}
@@ -374,69 +486,79 @@ class FusedOptimizer(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if there is not None:
             prev_read = [there.get(p) for p in plan.params]
+            if plan.spread is not None:
+                prev_read = plan.spread.aligned(plan.params, prev_read)
             before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
         elif self._keeps_prev():
             if self._prev_grad == "swap":
                 prev_read = self._kept_grads(plan)
             else:
                 prev_write = (plan.states, "prev_grad")
+        spread = plan.spread
+        params, states, here = plan.params, plan.states, grads
+        if spread is not None:
+            params, states, here = spread.parts(params), spread.states(states), spread.parts(grads)
+            prev_read = prev_read and spread.parts(prev_read)
+            prev_write = prev_write and (states, "prev_grad")
         controller.before_step()
-        arguments = (
-            self._rule,
-            self._measure,
-            self._two_pass,
-            plan.params,
-            grads,
-            *((plan.states, key) if key else None for key in self._states),
-            None,
-            prev_read,
-            prev_write,
-            plan.groups,
-            plan.counts,
-            controller.control,
-            controller.settings,
-            self._lr,
-            self._hyper_rows,
-            controller.table,
-            controller.decay,
-            controller.history,
-            found_inf,
-            grad_scale,
-        )
-        if self._process_group is None:
-            run(Verb.STEP, *arguments)
+
+        def call(
+            verbs: int,
+            grads: list[Tensor | None],
+            control: Tensor = controller.control,
+            history: Tensor = controller.history,
+        ) -> None:
+            run(
+                verbs,
+                self._rule,
+                self._measure,
+                self._two_pass,
+                params,
+                grads,
+                *((states, key) if key else None for key in self._states),
+                (states, MASTER) if self._master_weights else None,
+                prev_read,
+                prev_write,
+                plan.groups,
+                plan.counts,
+                control,
+                controller.settings,
+                self._lr,
+                self._hyper_rows,
+                controller.table,
+                controller.decay,
+                history,
+                found_inf,
+                grad_scale,
+            )
+
+        if spread is None:
+            call(Verb.STEP, here)
         else:
-            run(Verb.MEASURE, *arguments)
-            dist.all_reduce(controller.sums, group=self._process_group)
-            last_move = controller.control[Control.LAST_MOVE_SQ].clone()
-            run(Verb.DECIDE | Verb.APPLY, *arguments)
-            move = controller.sums[Sum.MOVE_SQ].clone()
-            dist.all_reduce(move, group=self._process_group)
-            skipped = controller.control[Control.SKIP] != 0
-            controller.control[Control.LAST_MOVE_SQ] = torch.where(skipped, last_move, move)
+            spread.step(call, here, controller, self._measure, found_inf is not None)
+            spread.raise_versions(plan.params, grads)
         if there is not None:
             for p, point in before:
                 self.state[p]["prev_param"] = point
         elif prev_read is not None:
-            self._keep_grads(plan, grads, found_inf, grad_scale)
+            self._keep_grads(plan, grads, found_inf is not None or self._may_skip, grad_scale)
 
-    def _keep_grads(
-        self, plan: _Plan, grads: list[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
-        """Keep the gradients for the next step; copies of them where a gradient scaler scales and may skip."""
+    def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
+        """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
                 continue
             if grad_scale is not None:
                 grad = grad * (1.0 / grad_scale.double()).to(grad.dtype)
-            if found_inf is not None:
+            if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
-                grad = torch.where(found_inf.reshape(()) != 0, old, grad)
-            self._kept[p] = (grad, grad._version)
+                grad = torch.where(skipped, old, grad)
+            self._kept[p] = (grad, version(grad))
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
-        changed = [p for p, (grad, version) in self._kept.items() if grad._version != version]
+        changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
         new = [p for p in changed if p in self._kept]
@@ -445,7 +567,8 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 "lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
                 f"{tuple(new[0].shape)} was changed in place since, so it is lost; call "
-                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store'"
+                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store' (as with "
+                "DistributedDataParallel's gradient_as_bucket_view=True, whose gradients stay its own)"
             )
         return [self._kept[p][0] if p in self._kept else None for p in plan.params]
 
@@ -479,10 +602,20 @@ class FusedOptimizer(Optimizer):
         """Return ``stats`` over the last ``history_size`` steps, oldest first, as arrays; one copy to the host."""
         return self._controller.read_history(self._measure, self._clipping)
 
+    def __repr__(self) -> str:
+        """As in torch, without the control tensor."""
+        control = self.param_groups[0].pop(CONTROL_KEY, None)
+        try:
+            return super().__repr__()
+        finally:
+            if control is not None:
+                self.param_groups[0][CONTROL_KEY] = control
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's own form; one more key of the first group holds what decides the next rate."""
+        self._adopt_control()
         packed = super().state_dict()
         flat = [p for group in self.param_groups for p in group["params"]]
         state: dict[Any, dict[str, Any]] = {}
@@ -490,14 +623,16 @@ class FusedOptimizer(Optimizer):
         known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
             counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            if p not in self.state or counts[Count.UPDATES] == 0:
+            started = counts[Count.UPDATES] != 0 or self._rehearsed
+            if p not in self.state or not (started or self._required == ()):
                 continue
-            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
+            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:
                 entry["prev_grad"] = self._kept[p][0]
-            elif "prev_grad" in self.state[p] and counts[Count.HAS_PREV] != 0:
+            elif "prev_grad" in self.state[p] and (counts[Count.HAS_PREV] != 0 or self._rehearsed):
                 entry["prev_grad"] = self.state[p]["prev_grad"]
             if entry:
                 state[i] = entry
@@ -521,14 +656,15 @@ class FusedOptimizer(Optimizer):
         old_state = {p: dict(self.state[p]) for p in flat if p in self.state}
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, old_groups, strict=True):
-            group.pop(CONTROL_KEY, None)
             for key, value in old.items():
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
         for i, p in enumerate(flat):
-            if i in saved and saved[i].get("prev_grad") is not None:  # torch has rounded it to the parameter's dtype
-                self.state[p]["prev_grad"] = saved[i]["prev_grad"].to(p.device)
+            for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
+                if isinstance(value, Tensor) and key != "step":
+                    moment = key in self._states
+                    self.state[p][key] = value.to(p.device, (self._state_dtype or p.dtype) if moment else value.dtype)
             for key, value in self.state.get(p, {}).items():
                 if isinstance(value, Tensor) and key != "step":
                     there = old_state.get(p, {}).get(key)
@@ -536,10 +672,7 @@ class FusedOptimizer(Optimizer):
                         self.state[p][key] = there.copy_(value)
                     else:
                         self.state[p][key] = value.clone()
-        self._counts.clear()
-        self._kept.clear()
-        self._controller.load(control)
-        self._plan = None
+        self._begin_from(control)
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
@@ -554,20 +687,24 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {*_LATER, *saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
         _check(
-            all(isinstance(key, int) for key in ids) and len(set(ids)) == len(ids),
-            "the checkpoint's groups do not number their parameters",
+            all(isinstance(key, int | str) for key in ids) and len(set(ids)) == len(ids),
+            "the checkpoint's groups do not number or name their parameters",
         )
         saved = {i: state[key] for i, key in enumerate(ids) if key in state}
-        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param"}
+        known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param", MASTER}
         for i, entry in saved.items():
             _check(isinstance(entry, dict), f"the checkpoint's state of parameter {i} is {type(entry).__name__}")
             foreign = [key for key in entry if key not in known]
             _check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
+            _check(
+                self._master_weights or entry.get(MASTER) is None,
+                "the checkpoint has float32 masters of its parameters; give the optimizer master_weights=True",
+            )
             absent = [key for key in self._required if entry and entry.get(key) is None]
             _check(not absent, f"the checkpoint's state of parameter {i} lacks {absent}")
             for key, value in entry.items():
@@ -589,12 +726,19 @@ class FusedOptimizer(Optimizer):
                     shape == tuple(flat[i].shape),
                     f"the checkpoint's {key} of parameter {i} is {shape}, the parameter {tuple(flat[i].shape)}",
                 )
-        control = groups[0].get(CONTROL_KEY)
+                _check(
+                    same_spread(value, flat[i]),
+                    f"the checkpoint's {key} of parameter {i} and the parameter itself are not spread alike over the "
+                    "processes; load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+                )
+        self._check_control(groups[0].get(CONTROL_KEY))
+        return saved
+
+    def _check_control(self, control: Any) -> None:
         _check(
             control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
-        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
@@ -605,7 +749,7 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
-            self._kept = {p: (grad, grad._version) for p, (grad, _) in self._kept.items()}
+            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
         self._plan = self._run = self._seen = self._keys = None
         self._told = set()
 
@@ -628,6 +772,10 @@ class FusedSGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
         zero_init_momentum: start the buffer at zero, as in NSHB, not at the first gradient (default: False).
+        normalize: divide the step by the length of the momentum buffer over all parameters, p <- p - lr m / |m|
+            (without momentum: of the gradient), so that every step is as long as its rate. All groups need the same
+            momentum and dampening; with dampening, ``zero_init_momentum=True``; no Nesterov, no coupled weight decay,
+            no ``max_grad_norm`` (default: False).
 
     The other arguments, and the errors, are :class:`FusedOptimizer`'s.
     """
@@ -659,6 +807,7 @@ class FusedSGD(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         zero_init_momentum: bool = False,
+        normalize: bool = False,
         schedule: Any = None,
         max_grad_norm: float | None = None,
         track: Iterable[str] = (),
@@ -666,6 +815,10 @@ class FusedSGD(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -681,7 +834,20 @@ class FusedSGD(FusedOptimizer):
             "zero_init_momentum": zero_init_momentum,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
+            normalize,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -693,6 +859,23 @@ class FusedSGD(FusedOptimizer):
         _check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
+        )
+        if self._normalize:
+            _check(not group["nesterov"], "normalize=True goes along the momentum buffer, so nesterov must be False")
+            _check(
+                group["weight_decay"] == 0 or group["decoupled_weight_decay"],
+                "normalize=True takes no weight decay inside the gradient; use decoupled_weight_decay=True",
+            )
+            _check(
+                group["momentum"] == 0 or group["dampening"] == 0 or group["zero_init_momentum"],
+                "normalize=True with dampening needs zero_init_momentum=True",
+            )
+
+    def _check_together(self) -> None:
+        pairs = {(group["momentum"], group["dampening"] if group["momentum"] else 0) for group in self.param_groups}
+        _check(
+            not self._normalize or len(pairs) == 1,
+            f"normalize=True needs the same momentum and dampening in all groups, got {sorted(pairs)}",
         )
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
@@ -751,6 +934,10 @@ class FusedAdamW(FusedOptimizer):
         process_group: Any = None,
         backend: str | None = None,
         history_size: int | None = 1024,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -766,18 +953,29 @@ class FusedAdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(
-            params, defaults, schedule, max_grad_norm, track, prev_grad, process_group, backend, history_size
+            params,
+            defaults,
+            schedule,
+            max_grad_norm,
+            track,
+            prev_grad,
+            process_group,
+            backend,
+            history_size,
+            state_dtype,
+            master_weights,
+            stochastic_rounding,
+            skip_nonfinite,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         _check_finite(group, "eps")
         betas = group["betas"]
-        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _check(pair and all(isinstance(x, numbers.Real) for x in betas), f"betas must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            _check(
-                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
-            )
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]

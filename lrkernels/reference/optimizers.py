@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import rules
 from ..closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
 from ..closures import gradients_at
 from ..schedules import split
@@ -115,6 +116,10 @@ class Reference(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         """Set up what goes beyond torch's optimizer; what only concerns speed is accepted and ignored."""
         if differentiable:
@@ -126,6 +131,8 @@ class Reference(torch.optim.Optimizer):
             raise ValueError(f"lrkernels: prev_grad must be 'store', 'swap' or 'bfloat16', got {prev_grad!r}")
         if any(p.is_complex() for group in self.param_groups for p in group["params"]):
             raise ValueError("lrkernels: complex parameters are not supported")
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._stochastic_rounding, self._skip_nonfinite = stochastic_rounding, skip_nonfinite
         self._open_loop, self._closed_loop = split(schedule)
         self._max_grad_norm = max_grad_norm
         self._prev_grad = torch.bfloat16 if prev_grad == "bfloat16" else None  # None: as p
@@ -179,7 +186,12 @@ class Reference(torch.optim.Optimizer):
         work = list(self._gradients())
         if not work:
             return loss
-        self._apply(work, self._decide(self._measure(work)))
+        sums = self._measure(work)
+        if self._skip_nonfinite and not math.isfinite(sums.gg):
+            self._skipped += 1
+            self._signal = None
+            return loss
+        self._apply(work, self._decide(sums))
         return loss
 
     # The three verbs
@@ -270,16 +282,20 @@ class Reference(torch.optim.Optimizer):
     def _apply(self, work: list[tuple[Group, Tensor, Tensor]], decision: Decision) -> None:
         """APPLY: the update of every parameter; and what the next step compares with is kept."""
         move_sq = 0.0
+        keep = self._consecutive or any(self._direction_is_gradient(group) for group in self.param_groups)
+        if not keep:  # what was kept would be an older step's when it is needed again
+            for state in self.state.values():
+                state.pop("prev_grad", None)
         for group, p, g in work:
-            before = p.detach().clone()
+            point, before = p.detach().clone(), self._load(p).clone()
             u = -g if group["maximize"] else g
             u = u if decision.clip is None else u * decision.clip
             self._update(p, u, group, decision.lr(group))
-            change = p.double() - before.double()
+            change = self._load(p).double() - before.double()
             move_sq += dot(change, change)
             if self._same_batch:
-                self.state[p]["prev_param"] = before
-            if self._consecutive or self._direction_is_gradient(group):
+                self.state[p]["prev_param"] = point
+            if keep:
                 self.state[p]["prev_grad"] = g.to(self._prev_grad or p.dtype, copy=True)
         self._move = math.sqrt(move_sq)
         self._completed += 1
@@ -301,6 +317,30 @@ class Reference(torch.optim.Optimizer):
     @abstractmethod
     def _update(self, p: Tensor, g: Tensor, group: Group, lr: float) -> None:
         """Update one parameter and its state."""
+
+    # Low precision
+
+    def _load(self, p: Tensor) -> Tensor:
+        """What the update works on: the float32 master, or the parameter in the precision of the math."""
+        if self._master_weights and p.dtype in (torch.bfloat16, torch.float16):
+            return self.state[p].setdefault("master_param", p.detach().float())
+        return wide(p)
+
+    def _store(self, p: Tensor, x: Tensor) -> None:
+        """Write the new value, rounded to nearest or at random; a master keeps all of it."""
+        at_random = {torch.bfloat16: rules.to_bfloat16_at_random, torch.float16: rules.to_float16_at_random}
+        if "master_param" in self.state[p]:
+            self.state[p]["master_param"].copy_(x)
+        if self._stochastic_rounding and p.dtype in at_random:
+            row = [id(q) for group in self.param_groups for q in group["params"]].index(id(p))
+            key = rules.random_key(torch.tensor(float(self._completed)), row)
+            element = torch.arange(p.numel()).as_strided(p.shape, torch.empty_like(p).stride())
+            x = at_random[p.dtype](x, rules.random_bits(key, element))
+        p.copy_(x)
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        """A new buffer of momentum or moments."""
+        return torch.zeros_like(p, dtype=self._state_dtype or p.dtype)
 
     # Small helpers
 
@@ -339,6 +379,7 @@ class Reference(torch.optim.Optimizer):
             "skipped": self._skipped,
             "move": self._move,
             "last_gg": self._last_gg,
+            "signal": None if self._signal is None else float(self._signal),
         }
         if rule is not None:
             own["rule"] = {name: getattr(rule, name) for name in _state_names(rule)}
@@ -350,7 +391,7 @@ class Reference(torch.optim.Optimizer):
         if (own := state_dict.get("lrkernels")) is None:
             return
         self._completed, self._skipped = own["step"], own["skipped"]
-        self._move, self._last_gg = own["move"], own["last_gg"]
+        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own["signal"]
         learnt = own.get("rule", {})
         rule = self._make_rule(learnt.get("lr_0", 0.0))
         self._rule = rule if rule and learnt.keys() == _state_names(rule) else None
@@ -362,9 +403,9 @@ class ReferenceSGD(Reference, torch.optim.SGD):
     """``torch.optim.SGD`` with schedules that watch training: ``FusedSGD`` in its plainest form.
 
     ``g = clip * g + weight_decay * x``, ``m = momentum * m + (1 - dampening) * g``, ``d = g + momentum * m``
-    with Nesterov, else ``m``; ``x = x - lr * d``. m starts as the first g, as in torch, or with
-    ``zero_init_momentum`` at 0. ``decoupled_weight_decay`` replaces the first term by ``x = x * (1 - lr *
-    weight_decay)`` before the update.
+    with Nesterov, else ``m``; ``x = x - lr * d``, or with ``normalize`` ``x = x - lr * d / |d|``. m starts as the
+    first g, as in torch, or with ``zero_init_momentum`` at 0. ``decoupled_weight_decay`` replaces the first term by
+    ``x = x * (1 - lr * weight_decay)`` before the update.
     """
 
     def __init__(
@@ -379,13 +420,17 @@ class ReferenceSGD(Reference, torch.optim.SGD):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         zero_init_momentum: bool = False,
+        normalize: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
         self.defaults["zero_init_momentum"] = zero_init_momentum
         self._fill_groups()
+        self._normalize, self._length = normalize, 1.0  # |m|, over all parameters
         self._watch(**common)
+        if normalize:
+            self._measures |= {"direction", "grad_norm"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -406,28 +451,44 @@ class ReferenceSGD(Reference, torch.optim.SGD):
         return "direction" in self._measures and group["momentum"] == 0
 
     def _gala_terms(self, sums: Sums) -> tuple[float, float]:
+        if self._normalize:  # d / |d| is what the rate multiplied
+            return (sums.gd / math.sqrt(sums.dd), 1.0) if sums.dd > 0 else (0.0, 0.0)
         return sums.gh, self._last_gg
 
+    def _apply(self, work: list[tuple[Group, Tensor, Tensor]], decision: Decision) -> None:
+        if self._normalize:
+            square = 0.0
+            for group, p, g in work:
+                d = self._next_buffer(p, -g if group["maximize"] else g, group)
+                square += dot(d, d)
+            self._length = math.sqrt(square) or 1.0
+        super()._apply(work, decision)
+
+    def _next_buffer(self, p: Tensor, g: Tensor, group: Group) -> Tensor:
+        """M after this step; g without momentum."""
+        if group["momentum"] == 0:
+            return g
+        m = self._of(p).get("momentum_buffer")
+        if m is None and not group["zero_init_momentum"]:
+            return g
+        m = torch.zeros_like(g) if m is None else wide(m)
+        return (m * group["momentum"]).add(g, alpha=1 - group["dampening"])
+
     def _update(self, p: Tensor, g: Tensor, group: Group, lr: float) -> None:
-        x = wide(p)
+        x = self._load(p)
         momentum, weight_decay = group["momentum"], group["weight_decay"]
         if weight_decay != 0 and not group["decoupled_weight_decay"]:
             g = g.add(x, alpha=weight_decay)
         d = g
         if momentum != 0:
-            state = self.state[p]
-            first = state.get("momentum_buffer") is None
-            if first:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            if first and not group["zero_init_momentum"]:
-                m = g
-            else:
-                m = (wide(state["momentum_buffer"]) * momentum).add(g, alpha=1 - group["dampening"])
+            state, m = self.state[p], self._next_buffer(p, g, group)
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = self._zeros(p)
             state["momentum_buffer"].copy_(m)
             d = g.add(m, alpha=momentum) if group["nesterov"] else m
         if weight_decay != 0 and group["decoupled_weight_decay"]:
             x = x * (1 - lr * weight_decay)
-        p.copy_(x.add(d, alpha=-lr))
+        self._store(p, x.add(d, alpha=-(lr / self._length)))
 
 
 class ReferenceAdamW(Reference, torch.optim.AdamW):
@@ -472,13 +533,13 @@ class ReferenceAdamW(Reference, torch.optim.AdamW):
         state, (beta1, beta2) = self.state[p], group["betas"]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+            state["exp_avg"] = self._zeros(p)
+            state["exp_avg_sq"] = self._zeros(p)
             if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(p)
+                state["max_exp_avg_sq"] = self._zeros(p)
         state["step"] += 1
         t = float(state["step"])
-        x = wide(p)
+        x = self._load(p)
         if group["weight_decay"] != 0:
             x = x * (1 - lr * group["weight_decay"])
         m = wide(state["exp_avg"]).lerp(g, 1 - beta1)
@@ -489,4 +550,4 @@ class ReferenceAdamW(Reference, torch.optim.AdamW):
             v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
             state["max_exp_avg_sq"].copy_(v)
         denom = root(v) / scalar(math.sqrt(1 - beta2**t), v) + group["eps"]
-        p.copy_(x.addcdiv(m, denom, value=-lr / (1 - beta1**t)))
+        self._store(p, x.addcdiv(m, denom, value=-lr / (1 - beta1**t)))
