@@ -755,13 +755,14 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
 // Adds to a counter what this block has done, and makes it seen; whether that made up the whole.
 template <class Count>
 LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count whole) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) shared_last = done > 0 && atomicAdd(counter, done) + done == whole;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what the block has written before the barrier is seen first, and the others' after
+    shared_last = done > 0 && atomicAdd(counter, done) + done == whole;
+    if (shared_last) __threadfence();
+  }
   __syncthreads();
-  const bool last = shared_last;
-  if (last) __threadfence();
-  return last;
+  return shared_last;
 }
 
 // Fewer registers for each thread, or fewer threads: as much as spills nothing.
@@ -777,7 +778,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
   if (threadIdx.x == 0) {
     shared.unscale = args.grad_scale ? 1.0 / double(*args.grad_scale) : 1.0;
     shared.skip = shared.found_inf = args.found_inf && *args.found_inf != 0;
-    shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed to measure
   }
 
   // First the tickets that measure, if there are any apart, then those that apply: one loop, so that the code for the
@@ -785,7 +785,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
 #pragma unroll 1
   for (bool first = args.measure_tickets > 0;; first = false) {
     const bool measuring = first || (!args.two_pass && args.measure != 0);
-    if (!first) {
+    if (first) {
+      if (threadIdx.x == 0) shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed
+    } else {
       if (!(args.verbs & kApplyVerb)) break;
       // A block that came too late to apply anything has not waited, and must not read what may be being decided.
       if (args.measure_tickets > 0 && shared.ticket >= args.tickets) break;
@@ -813,8 +815,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
       if (threadIdx.x == 0 && (args.verbs & kDecideVerb)) decide_alone(args, shared.control, kRule, true);
       __syncthreads();
       write_control(args, shared);
-      __threadfence();
-      __syncthreads();
       if (threadIdx.x == 0) store_release(&counters.decided, 1u);
     }
     if (threadIdx.x == 0 && ahead < args.tickets) {
