@@ -74,7 +74,6 @@ struct Workspace {
 // Puts one launch on the stream. Where the workspace is too small, does nothing but say how many bytes it should have,
 // and sets `memory` to null. Returns what went wrong, or null.
 const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace);
-const char* architectures();
 
 }  // namespace cuda
 

@@ -857,17 +857,14 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
 
 using Kernel = void (*)(Arguments);
 
-constexpr int kKernels = 2 * kKinds * 2;
-
-// A job with float64 has a kernel that can do everything.
-Kernel kernel_of(int index) {
-  static const Kernel kernels[kKernels] = {
-      run_step<kSgd, kFloats, false>,   run_step<kSgd, kFloats, true>,     run_step<kSgd, kHalves, false>,
-      run_step<kSgd, kHalves, true>,    run_step<kSgd, kAnything, true>,   run_step<kSgd, kAnything, true>,
-      run_step<kAdamW, kFloats, false>, run_step<kAdamW, kFloats, true>,   run_step<kAdamW, kHalves, false>,
-      run_step<kAdamW, kHalves, true>,  run_step<kAdamW, kAnything, true>, run_step<kAdamW, kAnything, true>};
-  return kernels[index];
+// Alone with float32 it pays to leave the sums out that are not taken; the others have the registers anyway.
+Kernel kernel_of(int rule, Kind kind, bool full) {
+  if (kind == kFloats && full) return rule == kSgd ? run_step<kSgd, kFloats, true> : run_step<kAdamW, kFloats, true>;
+  if (kind == kFloats) return rule == kSgd ? run_step<kSgd, kFloats, false> : run_step<kAdamW, kFloats, false>;
+  if (kind == kHalves) return rule == kSgd ? run_step<kSgd, kHalves, true> : run_step<kAdamW, kHalves, true>;
+  return rule == kSgd ? run_step<kSgd, kAnything, true> : run_step<kAdamW, kAnything, true>;
 }
+constexpr int kKernels = 2 * kKinds * 2;
 
 Kind kind_of(const std::vector<Row>& rows) {
   bool floats = true, wide = false;
@@ -962,8 +959,9 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   const bool one_pass = verbs == kStepVerbs && !job.two_pass;
   const bool decides = !one_pass && (verbs & (kMeasureVerb | kDecideVerb));
   const Kind kind = kind_of(job.rows);
-  const int index = (job.rule * kKinds + kind) * 2 + is_full(job);
-  const Kernel kernel = kernel_of(index);
+  const bool full = is_full(job);
+  const int index = (job.rule * kKinds + kind) * 2 + full;
+  const Kernel kernel = kernel_of(job.rule, kind, full);
 
   Arguments args;
   const int chunk_bits = chunk_bits_of(job.rows);
