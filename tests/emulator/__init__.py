@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 DTYPES = ["torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"]  # in the order of lrk::Dtype
 
-available = shutil.which("g++") is not None
+available = sys.platform == "linux" and shutil.which("g++") is not None
 
 
 def _digest(*parts: Any) -> str:
