@@ -80,8 +80,8 @@ __global__ void tickets(float* values, int64_t size, double* partials, unsigned*
       }
     } else {
       if (threadIdx.x == 0) {
-        while (*ready == 0) __nanosleep(20);  // wait
-        __threadfence();                      // what was summed is there
+        while (*ready == 0) __nanosleep(20);
+        __threadfence();  // what was summed is there
       }
       __syncthreads();  // waited
       const float scale = float(1 / *sum);
