@@ -40,10 +40,20 @@ class Build(BuildExtension):
     """Compiles kernels.cu by nvcc itself: torch's own CUDA extensions want a torch that has CUDA."""
 
     def build_extensions(self) -> None:
+        """Compile the kernels, where they are not up to date, and then the rest."""
         (extension,), nvcc = self.extensions, find_nvcc()
         if nvcc:
             target = Path(self.build_temp).absolute() / "kernels.cu.o"
-            command = [nvcc, *NVCC_FLAGS, *architectures(), "--threads=0", "-c", "csrc/cuda/kernels.cu", "-o", str(target)]
+            command = [
+                nvcc,
+                *NVCC_FLAGS,
+                *architectures(),
+                "--threads=0",
+                "-c",
+                "csrc/cuda/kernels.cu",
+                "-o",
+                str(target),
+            ]
             made_by = target.with_suffix(".txt")
             sources = [Path("csrc/cuda/kernels.cu"), *Path("csrc").glob("*.h")]
             newest = max(source.stat().st_mtime for source in sources)
@@ -51,14 +61,16 @@ class Build(BuildExtension):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 subprocess.run(command, check=True)
                 made_by.write_text(str(command))
-            said = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda/kernels.cu"], capture_output=True, text=True).stderr
+            said = subprocess.run(
+                [nvcc, "--dryrun", "-c", "csrc/cuda/kernels.cu"], capture_output=True, text=True
+            ).stderr
             (top,) = re.findall(r"^#\$ TOP=(.*)", said, re.MULTILINE)
             library = next(Path(top).resolve().glob("lib*/libcudart_static.a"), None) or next(
                 Path(top).resolve().glob("targets/*/lib/libcudart_static.a")
             )
             extension.extra_objects += [str(target), str(library)]
             extension.extra_link_args += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-            shown = " ".join(sorted(set(re.findall(r"(?:sm|compute)_\w+(?=[],])", " ".join(architectures())))))
+            shown = ", ".join(re.findall(r"(?:sm|compute)_\w+(?=[],])", " ".join(architectures())))
             extension.define_macros.append(("LRK_CUDA", f'"{shown}"'))
         super().build_extensions()
 
