@@ -519,6 +519,13 @@ def process_group(folder):
     by_hand(split, SOME, group, present=lambda step, i: i % (world - 1) != 0 or step != 1 or world == 2)
     verdicts = [(rank == 0 and step == 2, step == 2) for step in range(STEPS)]
     by_hand(split, process_group=group, found_inf=verdicts)
+    for first in (0.0, 1.0):  # a first step with a rate of 0 is none if all gradients are 0, in all processes
+        p = nn.Parameter(torch.ones(3))
+        optimizer = FusedSGD([p], lr=0.0, track="grad_norm", process_group=group)
+        p.grad = torch.full_like(p, first if rank == 0 else 0.0)
+        optimizer.step()
+        assert len(optimizer.history()["step"]) == (first != 0)
+        assert_same_everywhere(optimizer._controller.control)
 
 
 # ---- ZeRO ----
@@ -754,6 +761,13 @@ def refusals(folder):
             change(p.grad)
         with refused(RuntimeError, "^lrkernels: prev_grad='swap' keeps each gradient until the next step", swapping):
             swapping.step()
+
+    wrong = nn.Parameter(spread(torch.randn(6, 2), mesh, [Replicate()]))  # measured in the first process only
+    wrong.grad_dtype = torch.float64
+    wrong.grad = spread(torch.randn(6, 2), mesh, [Replicate()]).double()
+    clipping = FusedSGD([p, wrong], max_grad_norm=1.0)
+    with refused(ValueError, "^lrkernels: FusedSGD takes gradients of the parameter's dtype or float32", clipping):
+        clipping.step()
 
     mirrored = DeviceMesh("cpu", [1, 0])
     q.grad = None
