@@ -111,7 +111,8 @@ class FusedOptimizer(Optimizer):
             ``"alignment"`` (default: ()).
         prev_grad: how the previous gradient is kept when it is needed: ``"store"``, ``"bfloat16"`` (half the size), or
             ``"swap"`` (the tensor itself, which must not be changed in place then) (default: "store").
-        process_group: add the sums up over these processes, which hold different parameters (default: None).
+        process_group: add the sums up over these processes, which hold different parameters; ``DTensor`` s need none,
+            their mesh says it (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
         state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
