@@ -5,6 +5,7 @@ import io
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -12,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import BACKENDS, assert_same_bits, bits
+from test_pains import everything
 
 from lrkernels import FusedAdamW, FusedSGD, reference, schedules
 from lrkernels.layout import Control
@@ -314,3 +316,114 @@ def test_a_killed_run_goes_on_bit_for_bit(arguments, tmp_path):
     assert got["scheduler"] == want["scheduler"]
     assert got["scaler"] == want["scaler"]
     assert bits(got) == bits(want)
+
+
+# ---- Checkpoints that are not whole ----
+
+
+def used(kind, seed=0, steps=4):
+    """An optimizer with all kinds of state, and its parameters."""
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3,), (4, 2), (5,)]]
+    more = {"momentum": 0.9} if kind is FusedSGD else {"amsgrad": True}
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.1}]
+    optimizer = kind(groups, schedule=schedules.volsched(40, window=4), track="alignment", max_grad_norm=1.0, **more)
+    for step in range(steps):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.observe(float(step))
+        optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_a_file_that_was_cut_is_torch_s_error_and_changes_nothing(kind, tmp_path):
+    optimizer, params = used(kind)
+    whole = io.BytesIO()
+    torch.save(optimizer.state_dict(), whole)
+    before, dice = everything(optimizer, params), random.Random(2)
+    for length in [0, 1, len(whole.getvalue()) - 1, *(dice.randrange(len(whole.getvalue())) for _ in range(20))]:
+        path = tmp_path / "cut.pt"
+        path.write_bytes(whole.getvalue()[:length])
+        with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError, OSError)):
+            optimizer.load_state_dict(torch.load(path, weights_only=True))
+        assert everything(optimizer, params) == before
+
+
+GARBLED_CONTROL = {
+    "steps_nan": (Control.STEP, math.nan),
+    "steps_negative": (Control.STEP, -1.0),
+    "steps_half": (Control.STEP, 2.5),
+    "steps_infinite": (Control.STEP, math.inf),
+    "skipped_nan": (Control.SKIPPED, math.nan),
+    "signals_negative": (Control.SIGNALS, -3.0),
+    "factor_nan": (Control.FACTOR, math.nan),
+    "factor_negative": (Control.NEXT_FACTOR, -1.0),
+    "factor_infinite": (Control.NEXT_FACTOR, math.inf),
+}
+
+
+@pytest.mark.parametrize(("slot", "value"), GARBLED_CONTROL.values(), ids=GARBLED_CONTROL)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_a_garbled_schedule_state_is_refused(kind, slot, value):
+    optimizer, params = used(kind)
+    saved = copy.deepcopy(used(kind, seed=3)[0].state_dict())
+    saved["param_groups"][0][CONTROL_KEY][slot] = value
+    before = everything(optimizer, params)
+    with pytest.raises(ValueError, match=rf"^lrkernels: the checkpoint's schedule state is garbled: {slot.name} is "):
+        optimizer.load_state_dict(saved)
+    assert everything(optimizer, params) == before
+
+
+JUNK = [None, True, -1, 3, math.nan, -math.inf, "text", b"bytes", [], {}, (), [1.0], {"a": 1}, object()]
+JUNK += [
+    torch.zeros(3),
+    torch.zeros(4, 2),
+    torch.zeros(()),
+    torch.full((5,), math.nan),
+    torch.zeros(3, dtype=torch.int8),
+]
+JUNK += [torch.zeros(3, dtype=torch.complex64), torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")]
+
+
+def places(tree, path=()):
+    """Every place in nested dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values", "ignore:lrkernels. volsched has no signal")
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_a_garbled_checkpoint_loads_whole_or_changes_nothing(kind):
+    """In a random place a random thing, or nothing: it is refused with a reason, or training goes on with it."""
+    optimizer, params = used(kind)
+    valid = used(kind, seed=3)[0].state_dict()
+    rest, dice, refused = copy.deepcopy(optimizer.state_dict()), random.Random(4), 0
+    for path in [place for place in places(valid) for _ in range(6)]:
+        spoilt = copy.deepcopy(valid)
+        *upper, last = path
+        inner = spoilt
+        for key in upper:
+            inner = inner[key]
+        if dice.random() < 0.2:
+            del inner[last]
+        else:
+            inner[last] = copy.deepcopy(dice.choice(JUNK))
+        before = everything(optimizer, params)
+        groups = [{k: v for k, v in group.items() if k != CONTROL_KEY} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(spoilt)
+        except ValueError as error:
+            assert str(error).startswith("lrkernels: "), (path, inner, error)
+            assert everything(optimizer, params) == before, (path, inner)
+            now = [{k: v for k, v in group.items() if k != CONTROL_KEY} for group in optimizer.param_groups]
+            assert now == groups, (path, inner)
+            refused += 1
+        else:
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.load_state_dict(rest)
+    assert refused > 100
