@@ -52,6 +52,15 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 _LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
+_IGNORED = {"foreach", "fused", "capturable"}  # torch's, which may be None
+_FLAGS = {
+    "maximize",
+    "nesterov",
+    "decoupled_weight_decay",
+    "zero_init_momentum",
+    "amsgrad",
+    "differentiable",
+} | _IGNORED
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -64,6 +73,11 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
     value = group[name]
     number = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
     _check(number, f"{name} must be finite and >= 0, got {value!r}")
+
+
+def _is_real(value: Tensor) -> bool:
+    """Whether the tensor has memory, with one real number for each element."""
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
 
 
 class _Plan:
@@ -220,11 +234,16 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            _check(_is_real(lr), f"lr must be a real number, got {lr}")
             waits = lr.device.type != "cpu"
             _check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
+        for name in _FLAGS & group.keys():
+            unset = group[name] is None and name in _IGNORED
+            flag = unset or isinstance(group[name], int | np.bool_)
+            _check(flag, f"{name} must be True or False, got {group[name]!r}")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
 
     def _check_together(self) -> None:
@@ -331,10 +350,15 @@ class FusedOptimizer(Optimizer):
                     counts[Count.UPDATES] = 0.0
         if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
-        if self._prev_grad == "swap":
+        if not self._keeps_prev():
+            if not self._same_batch:  # one that was kept so far would be an older step's when it is needed again
+                state.pop("prev_grad", None)
+                self._kept.pop(p, None)
+                counts[Count.HAS_PREV] = 0.0
+        elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, version(prev))
-        elif self._keeps_prev():
+        else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
             if prev is None:
@@ -619,9 +643,11 @@ class FusedOptimizer(Optimizer):
         known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
             counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            if p not in self.state or (counts[Count.UPDATES] == 0 and not self._rehearsed):
+            started = counts[Count.UPDATES] != 0 or self._rehearsed
+            if p not in self.state or not (started or self._required == ()):
                 continue
-            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
+            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:
@@ -677,7 +703,8 @@ class FusedOptimizer(Optimizer):
             isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups),
             "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
         )
-        sizes = [len(group.get("params", ())) for group in groups]
+        lists = [group.get("params") for group in groups]
+        sizes = [len(params) if isinstance(params, list | tuple) else None for params in lists]
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
@@ -705,15 +732,16 @@ class FusedOptimizer(Optimizer):
                 if value is None:
                     continue
                 if key == "step":
-                    count = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+                    count = value.numel() == 1 and _is_real(value) if isinstance(value, Tensor) else True
+                    count = count and isinstance(value, numbers.Real | Tensor)
                     _check(
                         count and 0.0 <= float(value) < math.inf,
                         f"the checkpoint's step of parameter {i} is {value!r}, not a count",
                     )
                     continue
                 _check(
-                    not isinstance(value, Tensor) or value.is_floating_point(),
-                    f"the checkpoint's {key} of parameter {i} is not of a floating-point dtype",
+                    not isinstance(value, Tensor) or (value.is_floating_point() and _is_real(value)),
+                    f"the checkpoint's {key} of parameter {i} is not a dense tensor of a floating-point dtype",
                 )
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 _check(
@@ -729,10 +757,20 @@ class FusedOptimizer(Optimizer):
         return saved
 
     def _check_control(self, control: Any) -> None:
+        if control is None:
+            return
         _check(
-            control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
+            isinstance(control, Tensor) and control.shape == self._controller.control.shape,
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
+        _check(_is_real(control), f"the checkpoint's schedule state is garbled: a tensor of {control.dtype}")
+        values = control.tolist()
+        for slot in (Control.STEP, Control.SKIPPED, Control.SIGNALS, Control.FACTOR, Control.NEXT_FACTOR):
+            whole = "FACTOR" in slot.name or values[slot] % 1 == 0
+            _check(
+                0.0 <= values[slot] < math.inf and whole,
+                f"the checkpoint's schedule state is garbled: {slot.name} is {values[slot]}",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
