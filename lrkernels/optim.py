@@ -311,6 +311,9 @@ class FusedOptimizer(Optimizer):
             self._controller.to(plan.device)
             self._seen = None
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+        for gone in (self._counts.keys() | self._kept.keys()).difference(plan.params):
+            self._counts.pop(gone, None)
+            self._kept.pop(gone, None)
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)

@@ -1,6 +1,7 @@
 """What goes wrong in long runs: processes that are killed, files that are cut, and ten thousand steps of everything."""
 
 import copy
+import gc
 import io
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import pickle
 import random
 import signal
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -427,3 +429,81 @@ def test_a_garbled_checkpoint_loads_whole_or_changes_nothing(kind):
             optimizer.step()
             optimizer.load_state_dict(rest)
     assert refused > 100
+
+
+# ---- Memory ----
+
+
+def in_a_closure(optimizer, params):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p * p).sum() for p in params)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def by_hand(optimizer, params):
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.observe(0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_checkpoints(optimizer, params):
+    by_hand(optimizer, params)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def with_overflows(optimizer, params):
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(1), torch.full((1,), 8.0)
+    by_hand(optimizer, params)
+    del optimizer.found_inf, optimizer.grad_scale
+    by_hand(optimizer, params)
+    float(optimizer.stats["lr"])
+
+
+def with_other_parameters(optimizer, params):
+    """A layer that is exchanged again and again, as in a search."""
+    group = optimizer.param_groups[0]
+    optimizer.state.pop(group["params"][-1], None)
+    group["params"][-1] = torch.nn.Parameter(torch.ones(500))
+    by_hand(optimizer, group["params"])
+
+
+LONG = {
+    "open-sgd": (FusedSGD, {"momentum": 0.9, "schedule": schedules.linear(100), "max_grad_norm": 1.0}, by_hand),
+    "volsched-adamw": (FusedAdamW, {"schedule": schedules.volsched(100, window=5)}, by_hand),
+    "swap-sgd": (FusedSGD, {"track": "alignment", "prev_grad": "swap"}, by_hand),
+    "gala-sgd": (FusedSGD, {"schedule": schedules.gala(delta=0.1)}, in_a_closure),
+    "alignment-adamw": (FusedAdamW, {"schedule": schedules.alignment(), "track": "alignment"}, with_checkpoints),
+    "overflows-sgd": (FusedSGD, {"track": "alignment", "prev_grad": "swap"}, with_overflows),
+    "exchanged-adamw": (FusedAdamW, {"track": "alignment"}, with_other_parameters),
+}
+
+
+@pytest.mark.filterwarnings("ignore:lrkernels. volsched has no signal")
+@pytest.mark.parametrize(("kind", "more", "step"), LONG.values(), ids=LONG)
+def test_memory_does_not_grow(kind, more, step):
+    """Python's own, its objects, and the tensors alive, after 200 steps and after 600."""
+    params = [torch.nn.Parameter(torch.ones(50)) for _ in range(3)]
+    optimizer = kind(params, lr=1e-4, history_size=16, **more)
+    tracemalloc.start()
+    try:
+        seen = []
+        for steps in (200, 400):
+            for _ in range(steps):
+                step(optimizer, params)
+            gc.collect()
+            objects = gc.get_objects()
+            elements = sum(x.numel() for x in objects if type(x) in (torch.Tensor, torch.nn.Parameter))
+            seen.append((len(objects), elements, tracemalloc.get_traced_memory()[0]))
+            del objects
+    finally:
+        tracemalloc.stop()
+    (objects, elements, traced), (more_objects, more_elements, more_traced) = seen
+    assert more_elements == elements
+    assert more_objects - objects < 100  # of 400 steps
+    assert more_traced - traced < 20_000
