@@ -531,6 +531,25 @@ def test_no_signal_makes_a_rate_that_is_no_number_or_negative(kind, options, sch
     assert torch.equal(resting, torch.ones(2))  # a rate of 0, times whatever was learnt
 
 
+@pytest.mark.parametrize("loop", ["gala", "volsched"])
+def test_a_first_group_at_rate_0_is_said_to_hold_the_others(loop, backend):
+    """Their rates are in proportion to the first one's; nothing is decided, and nothing becomes nan."""
+    first, second = parameters([(3,), (4,)])
+    groups = [{"params": [first], "lr": 0.0}, {"params": [second]}]
+    optimizer = FusedSGD(groups, LR, schedule=CLOSED_LOOPS[loop], backend=backend)
+    before = bits(first)
+    for step, row in enumerate(gradients([(3,), (4,)], 4)):
+        set_grads([first, second], row)
+        optimizer.observe(0.3)
+        if step == 0:
+            with pytest.warns(UserWarning, match="lrkernels: the first group's lr is 0.*put a group that trains first"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert bits(first) == before
+    assert second.isfinite().all()
+
+
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_alignment_with_a_lag_keeps_it_in_two_passes(kind, options, backend):
     def rates(max_norm):
