@@ -13,6 +13,11 @@
 #else
 #define LRK_RULE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define LRK_ROLLED _Pragma("unroll 1")  // a loop that one thread runs: its code is what it costs
+#else
+#define LRK_ROLLED
+#endif
 
 namespace lrk {
 
@@ -320,7 +325,9 @@ LRK_RULE double direction_length(const double* sums, const double* hyper) {
 // std(r_i, ddof = 1) of the last `count` log-returns r_i = ln(x_{i+1} / x_i) in the ring of signals.
 LRK_RULE double volatility(const double* ring, int64_t capacity, int64_t signals, int64_t count) {
   double mean = 0, squares = 0;
+  LRK_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
+    LRK_ROLLED
     for (int64_t i = signals - count; i < signals; ++i) {
       const double r = ::log(ring[i % capacity] / ring[(i - 1) % capacity]);
       if (pass == 0) mean += r / double(count);

@@ -61,6 +61,7 @@ _FLAGS = {
     "amsgrad",
     "differentiable",
 } | _IGNORED
+WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -210,6 +211,10 @@ class FusedOptimizer(Optimizer):
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
         self._keys: Any = None
+        self._lr: Tensor | None = None  # each group's rate, on the device
+        self._rates: list[float] = []
+        self._all_counts: Tensor | None = None  # the plan's
+        self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
@@ -281,11 +286,12 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups
         ]
         if self._seen != seen:
+            if self._is_capturing():
+                raise RuntimeError(f"lrkernels: param_groups have changed since the last step; {WARM_UP}")
             for group in self.param_groups:
                 self._check_group(group)
             self._check_together()
-            floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
-            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
+            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
             self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
             keys = [self._state_keys(group) for group in self.param_groups]
@@ -298,7 +304,19 @@ class FusedOptimizer(Optimizer):
             self._seen = seen
         for i, rate in enumerate(rates):
             if isinstance(rate, Tensor):
+                assert self._lr is not None
                 self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        """Write the rates where the kernels read them: in place, since a captured step reads them there too."""
+        device, old = self._controller.device, self._rates
+        if self._lr is None or self._lr.device != device or len(old) != len(rates):
+            self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+        else:
+            for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
+                if rate != before:
+                    self._lr[i].fill_(rate)
+        self._rates = rates
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -317,6 +335,13 @@ class FusedOptimizer(Optimizer):
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
+        if self._captured and self._all_counts is not None and self._all_counts.shape == plan.counts.shape:
+            plan.counts = self._all_counts.copy_(plan.counts)
+            for p, state, counts in zip(plan.params, plan.states, plan.counts, strict=True):
+                if p in self._counts:
+                    self._counts[p] = counts
+                    self._show_updates(state, counts[Count.UPDATES])
+        self._all_counts = plan.counts
         plan.entries = list(self.state.values())
         self._plan = plan
         return plan
@@ -446,6 +471,8 @@ class FusedOptimizer(Optimizer):
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
         plan = self._plan
+        if self._is_capturing():
+            self._check_capture(plan)
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
         grads = [p.grad for p in plan.params]
@@ -460,7 +487,7 @@ class FusedOptimizer(Optimizer):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
             self._awaken(plan, grads)
-        if self._run is not ops.run_native:
+        if self._run is ops._eager_lists:  # the others find out themselves, and say so at once
             self._refuse(plan, grads)
             plan = self._make_plan() if self._lacks_state(plan) else plan
         try:
@@ -471,6 +498,34 @@ class FusedOptimizer(Optimizer):
                 raise
             self._launch(self._make_plan(), grads, there)
         return loss
+
+    def _is_capturing(self) -> bool:
+        first = self.param_groups[0]["params"]
+        return bool(first) and first[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _check_capture(self, plan: _Plan | None) -> None:
+        """Refuse to be captured in a graph where replaying it would not do what the steps would have done."""
+        why = self._controller.why_not_captured()
+        if not why and (plan is None or not plan.is_current(self)):
+            why = "its parameters or states have changed since the last one"
+        elif not why and plan is not None:
+            idle = set(plan.idle)
+            missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
+            late = [p for i, p in enumerate(plan.params) if p.grad is not None and i in idle]
+            if missing:
+                why = f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
+            elif late:
+                why = f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
+        if not why and self._prev_grad == "swap" and self._keeps_prev():
+            why = "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
+        if not why and self._same_batch:
+            why = "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
+        rates = [group["lr"] for group in self.param_groups]
+        if not why and any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
+            why = "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
+        if why:
+            raise RuntimeError(f"lrkernels: this step cannot be captured in a graph: {why}; {WARM_UP}")
+        self._captured = True
 
     def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
         """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
@@ -696,6 +751,8 @@ class FusedOptimizer(Optimizer):
                     else:
                         self.state[p][key] = value.clone()
         self._begin_from(control)
+        if self._captured:  # a replay reads what is there now, and asks nobody
+            self._refresh_hyper(self._make_plan())
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
@@ -785,7 +842,8 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
             self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
-        self._plan = self._run = self._seen = self._keys = None
+        self._plan = self._run = self._seen = self._keys = self._lr = self._all_counts = None
+        self._rates, self._captured = [], False
         self._told = set()
 
 
