@@ -262,6 +262,7 @@ class Reference(torch.optim.Optimizer):
 
         Groups share it. ``alignment`` bounds the rate of each group, ``gala`` and ``volsched`` that of the first.
         """
+        signal, self._signal = self._signal, None  # of this step only, whoever watches it
         if self._rule is None:
             first = self.param_groups[0]
             self._rule = self._make_rule(float(first.get("initial_lr", first["lr"])))  # as torch's schedulers
@@ -271,8 +272,7 @@ class Reference(torch.optim.Optimizer):
         if isinstance(rule, Alignment):
             lr = rule.update(c if math.isfinite(sums.gg) else math.nan)
         elif isinstance(rule, VolSched):
-            lr = rule.update(None if self._signal is None else float(self._signal))
-            self._signal = None
+            lr = rule.update(None if signal is None else float(signal))
         elif math.isfinite(sums.gg):
             lr = rule.update(*self._gala_terms(sums), curvature)
         else:
