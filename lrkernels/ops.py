@@ -250,14 +250,23 @@ def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
     uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
     if uneven:
-        _run_copies(uneven, verbs, rule, measure, two_pass, params, *rest)
+        run_copies(run_native, uneven, verbs, rule, measure, two_pass, params, *rest)
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
         moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
 
 
-def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
-    columns: list[Any] = [*map(_listed, arguments[:LISTS])]
+def run_copies(
+    runner: Callable[..., None],
+    uneven: list[int],
+    verbs: int,
+    rule: int,
+    measure: int,
+    two_pass: bool,
+    *arguments: Any,
+) -> None:
+    """Call the runner with copies of what has another layout than its parameter, in the ``uneven`` rows."""
+    columns: list[Any] = [*map(listed, arguments[:LISTS])]
     others = arguments[LISTS:]
     copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
@@ -270,12 +279,12 @@ def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass
             column[i].copy_(original)
             if k not in READ_ONLY:
                 copied.append((original, column[i]))
-    run_native(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
+    runner(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
     for original, copy in copied:
         original.copy_(copy)
 
 
-def _listed(column: Any) -> list[Any] | None:
+def listed(column: Any) -> list[Any] | None:
     """Return a column's tensors: those of a list, or of a pair (list of dictionaries, key)."""
     if isinstance(column, tuple):
         return [state.get(column[1]) for state in column[0]]
@@ -305,7 +314,7 @@ def _as_operator(verbs: Verb, runner: Callable[..., None]) -> Callable[..., None
 
 
 def _eager_lists(verbs: int, rule: int, measure: int, two_pass: bool, *tensors: Any) -> None:
-    lists: list[Any] = [_listed(x) or [] for x in tensors[:LISTS]]
+    lists: list[Any] = [listed(x) or [] for x in tensors[:LISTS]]
     run_eager(verbs, rule, measure, two_pass, *lists, *tensors[LISTS:])
 
 
