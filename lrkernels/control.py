@@ -100,6 +100,7 @@ class Controller:
         self._keep_all = history_size is None
         self._pages: list[tuple[Tensor, Tensor]] = []  # copies of the ring, and how many rows had been written
         self._calls = 0  # steps since: the ring has not gone round between two copies
+        self.loads = 0  # checkpoints loaded; at each the history begins anew
 
     def _fresh(self, size: int) -> Tensor:
         """Return the control tensor of a run that has not begun."""
@@ -135,6 +136,11 @@ class Controller:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.control.device
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no step yet, or none since a checkpoint was loaded."""
+        return self._calls == 0
 
     @property
     def sums(self) -> Tensor:
@@ -212,5 +218,6 @@ class Controller:
         """Continue from a checkpoint's control tensor, or begin anew without one; in place. The history is empty."""
         self.control.copy_(self._fresh(len(self.control)) if control is None else control)
         self.control[Control.ROWS] = 0
+        self.loads += 1
         self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
         self._steps, self._calls, self._pages = int(self.control[Control.STEP]), 0, []

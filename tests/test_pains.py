@@ -549,7 +549,6 @@ def test_a_refused_step_changes_nothing(kind, options, spoil, message, done, bac
         assert now == before or done == 0, "states, counts or control have changed"
     del optimizer.param_groups[1:]  # mended, it goes on as if nothing had happened
     optimizer.param_groups[0].update(groups[0])
-    optimizer._plan = None
     train(optimizer, params, grads[done:])
     train(twin, twins, grads[done:])
     assert everything(optimizer, params) == everything(twin, twins)
