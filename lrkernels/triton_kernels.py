@@ -26,7 +26,8 @@ from . import layout, rules
 __all__ = ["CHUNK", "LAYOUT", "Counter", "Dtype", "Field", "step_kernel"]
 
 CHUNK = 16384  # elements: what a program takes at a time; sums are added up in the order of the chunks
-BLOCK = 1024  # elements: a tile, eight for each thread
+BLOCK = 1024  # elements: a tile, eight for each thread, so that those of 16 bits make 16 bytes
+TAIL = 256  # elements: a tile of what is left over, or not aligned
 
 
 class Field(IntEnum):
@@ -103,6 +104,7 @@ _Size = _module(
         "FIELDS": len(Field),
         "CHUNK": CHUNK,
         "BLOCK": BLOCK,
+        "TAIL": TAIL,
     },
 )
 _MODULES = (_Control, _Setting, _Hyper, _Count, _Loop, _Rule, _Measure, _Verb, _Field, _Dtype, _Counter, _Sum, _Stat)
@@ -662,9 +664,9 @@ def run_tile(
     APPLY: tl.constexpr,
     TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Measure and update one tile of a row: all of it, or what is ``inside``. Returns the sums."""
-    BLOCK: tl.constexpr = _Size.BLOCK
     DIRECTED: tl.constexpr = MEASURE & _Measure.DIRECTION != 0
     STATES: tl.constexpr = step.STATES if APPLY or DIRECTED else 0
     hyper = job.hyper
@@ -774,15 +776,18 @@ def run_chunk(
 ):
     """Measure and update one chunk of a row; its sums go to ``partials``."""
     BLOCK: tl.constexpr = _Size.BLOCK
+    TAIL: tl.constexpr = _Size.TAIL
     zero = tl.zeros([BLOCK // 4], tl.float64)
     fast = (zero, zero, zero, zero, zero, zero, zero, zero)
-    slow = fast
+    zero = tl.zeros([TAIL // 4], tl.float64)
+    slow = (zero, zero, zero, zero, zero, zero, zero, zero)
     whole = tl.where(aligned, end // BLOCK * BLOCK, begin)  # sixteen bytes at once up to here
     for offset in range(begin, whole, BLOCK):
-        fast = run_tile(step, row, job, fast, tl.multiple_of(offset, BLOCK), None, MEASURE, MOVE, APPLY, TYPE, True)
-    for offset in range(whole, end, BLOCK):
-        inside = offset + tl.arange(0, BLOCK) < end
-        slow = run_tile(step, row, job, slow, offset, inside, MEASURE, MOVE, APPLY, TYPE, False)
+        offset = tl.multiple_of(offset, BLOCK)
+        fast = run_tile(step, row, job, fast, offset, None, MEASURE, MOVE, APPLY, TYPE, True, BLOCK)
+    for offset in range(whole, end, TAIL):
+        inside = offset + tl.arange(0, TAIL) < end
+        slow = run_tile(step, row, job, slow, offset, inside, MEASURE, MOVE, APPLY, TYPE, False, TAIL)
     # The direction already points uphill where the gradient is maximised; a previous gradient does not.
     uphill = (job.hyper[_Hyper.MAXIMIZE] != 0) & ((step.RULE == _Rule.ADAMW) | (job.hyper[_Hyper.MOMENTUM] != 0))
     sign = tl.where(uphill, -1.0, 1.0)
