@@ -119,7 +119,13 @@ class Controller:
             return [1.0]
         steps = loop.total_steps - loop.warmup_steps
         decay = schedules.cosine(steps) if isinstance(loop.decay, str) else loop.decay
-        return [float(decay(step)) for step in range(steps + 1)]
+        values = [float(decay(step)) for step in range(steps + 1)]
+        wrong = [step for step, value in enumerate(values) if not 0.0 <= value < math.inf]
+        if wrong:
+            raise ValueError(
+                f"lrkernels: volsched's decay is {values[wrong[0]]} at step {wrong[0]}; it must be finite and >= 0"
+            )
+        return values
 
     def to(self, device: torch.device) -> None:
         """Move the device's tensors."""

@@ -330,10 +330,15 @@ class FusedOptimizer(Optimizer):
                     counts[Count.UPDATES] = 0.0
         if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
-        if self._prev_grad == "swap":
+        if not self._keeps_prev():
+            if not self._same_batch:  # one that was kept so far would be an older step's when it is needed again
+                state.pop("prev_grad", None)
+                self._kept.pop(p, None)
+                counts[Count.HAS_PREV] = 0.0
+        elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
                 self._kept[p] = (prev, version(prev))
-        elif self._keeps_prev():
+        else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
             if prev is None:
@@ -618,9 +623,11 @@ class FusedOptimizer(Optimizer):
         known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
             counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            if p not in self.state or (counts[Count.UPDATES] == 0 and not self._rehearsed):
+            started = counts[Count.UPDATES] != 0 or self._rehearsed
+            if p not in self.state or not (started or self._required == ()):
                 continue
-            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
+            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:

@@ -37,7 +37,15 @@ MODES = {
     "track": {"track": ("alignment", "direction")},
     "track-swap": {"track": ("alignment", "direction"), "prev_grad": "swap"},
 }
-EVERY = [("sgd", mode) for mode in MODES] + [("adamw", mode) for mode in ("clip", "alignment-lag1", "gala", "track")]
+LOW_PRECISION = {
+    "master_weights": {"master_weights": True, "max_grad_norm": 0.5, "state_dtype": torch.float32},
+    "skip_nonfinite": {"skip_nonfinite": True, "track": "alignment", "prev_grad": "swap"},
+    "stochastic_rounding": {"stochastic_rounding": True, "schedule": schedules.alignment(kappa=0.3)},
+}
+MODES |= LOW_PRECISION
+EVERY = [("sgd", mode) for mode in MODES if mode not in LOW_PRECISION] + [
+    ("adamw", mode) for mode in ("clip", "alignment-lag1", "gala", "track")
+]
 SOME = [("sgd", "clip"), ("sgd", "track-swap"), ("adamw", "alignment-lag0"), ("adamw", "gala")]
 CASES = {2: {}, 4: {}}
 
@@ -287,6 +295,7 @@ def gala_on_the_same_batch(folder):
         for i, batch in enumerate(batches()):
             if i == 2:
                 dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=f"{folder}/same-batch-{name}")
+                optimizer.zero_grad()  # torch makes states only where there are no gradients
                 optimizer = kind(model.parameters(), **options | {"lr": 99.0}, schedule=schedule)
                 state = get_optimizer_state_dict(model, optimizer)
                 dcp.load(state, checkpoint_id=f"{folder}/same-batch-{name}")
@@ -386,7 +395,7 @@ def spread(x, mesh, placements):
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
-def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, i: True, found_inf=None):
+def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, i: True, found_inf=None, half=False):
     """Train on gradients given by hand; each process has its part of them.
 
     Args:
@@ -396,6 +405,7 @@ def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, 
         process_group: the optimizer's own.
         present: whether a parameter has a gradient at a step.
         found_inf: for each step, a gradient scaler's verdict in this process and what all should find.
+        half: bfloat16 parameters, and an infinity in the gradient's first element at the second step.
     """
 
     def placed(x, layout, which):
@@ -403,7 +413,10 @@ def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, 
 
     for name, mode in optimizers:
         kind, options = KINDS[name]
-        values, rows = parameters(SHAPES), gradients(SHAPES, STEPS)
+        dtype = torch.bfloat16 if half else torch.float32
+        values, rows = parameters(SHAPES, dtype), gradients(SHAPES, STEPS, dtype)
+        if half and mode == "skip_nonfinite":
+            rows[1][0].view(-1)[0] = math.inf
         mine = [i for i, layout in enumerate(layouts) if layout is not False]
         params = {i: nn.Parameter(placed(values[i].detach(), layouts[i], 1)) for i in mine}
         groups = [{"params": [params[i] for i in mine if i % 2 == k], "lr": options["lr"] / (k + 1)} for k in (0, 1)]
@@ -425,7 +438,7 @@ def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, 
             assert raised == [present(step, i) for i in mine]
         assert_same_decisions(optimizer, alone)
         got = [full(p) for p in params.values()]
-        if "schedule" in MODES[mode] or "max_grad_norm" in MODES[mode]:
+        if not half and ("schedule" in MODES[mode] or "max_grad_norm" in MODES[mode]):
             assert_close(got, [values[i] for i in mine], rtol=2e-7, atol=0)  # a rate or clip that is rounded otherwise
         else:
             assert_same_bits(got, [values[i] for i in mine])
@@ -449,6 +462,18 @@ def placements(folder):
     by_hand([(mesh, whole, whole)] * 5, SOME)
     verdicts = [(dist.get_rank() == 1 and step == 1, step == 1) for step in range(STEPS)]
     by_hand([(mesh, rows, rows), None, None, (mesh, whole, whole), (mesh, rows, rows)], found_inf=verdicts)
+
+
+@case(2)
+def low_precision(folder):
+    """Stochastic rounding draws by the element's place in its process: the same bits where parameters are whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(2)
+    whole, rows = (mesh, [Replicate()], [Replicate()]), (mesh, [Shard(0)], [Shard(0)])
+    optimizers = [(kind, mode) for kind in KINDS for mode in ("master_weights", "skip_nonfinite")]
+    by_hand([rows, whole, None, rows, rows], optimizers, half=True)
+    by_hand([whole, whole, None, whole, None], [(kind, "stochastic_rounding") for kind in KINDS], half=True)
 
 
 @case(4)
@@ -719,6 +744,14 @@ def refusals(folder):
     replicated.step()
     with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", replicated):
         replicated.load_state_dict(spread_out.state_dict())
+
+    for change in (lambda grad: grad.add_(1), lambda grad: grad.to_local().add_(1)):
+        swapping = FusedSGD([p], track="alignment", prev_grad="swap")
+        swapping.step()
+        with torch.no_grad():
+            change(p.grad)
+        with refused(RuntimeError, "^lrkernels: prev_grad='swap' keeps each gradient until the next step", swapping):
+            swapping.step()
 
     mirrored = DeviceMesh("cpu", [1, 0])
     q.grad = None
