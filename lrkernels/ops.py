@@ -45,6 +45,7 @@ except (ImportError, AttributeError, ValueError) as error:
 __all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
 
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
+OLDEST_TRITON = (3, 6)
 LISTS = 8  # the arguments that are lists of tensors come first
 READ_ONLY = (1, 6)  # of them: grads and prev_read
 
@@ -333,6 +334,19 @@ def check_backend_name(wanted: str | None) -> None:
         raise ValueError(f"lrkernels: backend must be None, 'native', 'triton' or 'eager', got {wanted!r}")
 
 
+def why_no_triton(device: torch.device) -> str:
+    """Return why Triton does not serve ``device``, or an empty string; importing it takes a while."""
+    try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            return f"Triton {triton.__version__} is too old"
+        from . import triton_runner
+    except Exception as error:  # missing, or broken
+        return f"{type(error).__name__}: {error}"
+    return triton_runner.why_not(device)
+
+
 def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
     """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
     check_backend_name(wanted)
@@ -343,9 +357,20 @@ def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]
             f"lrkernels: backend='native' is not there for {device}: {reason}. "
             "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
         )
-    if wanted == TRITON:
-        raise RuntimeError(f"lrkernels: backend='triton' is not there for {device}: use backend=None or 'eager'.")
-    return run_native if native and wanted != EAGER else _eager_lists
+    if native and wanted in (None, NATIVE):
+        return run_native
+    if wanted == TRITON or (wanted is None and device.type in ("cuda", "xpu")):
+        reason = why_no_triton(device)
+        if not reason:
+            from .triton_runner import TritonRunner
+
+            return TritonRunner(device)
+        if wanted == TRITON:
+            raise RuntimeError(
+                f"lrkernels: backend='triton' is not there for {device}: {reason}. "
+                "Install it with `pip install 'triton>=3.6'`, or use backend=None or 'eager'."
+            )
+    return _eager_lists
 
 
 def info() -> str:
@@ -360,6 +385,19 @@ def info() -> str:
         f"lrkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         platform.platform(),
         f"cpu     {'native' if _C is not None else 'eager'}: {native}",
+        f"gpu     {_triton_line()}",
         "other   eager: torch's own operations",
     ]
     return "\n".join(lines)
+
+
+def _triton_line() -> str:
+    devices = [torch.device(kind) for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()]
+    reason = why_no_triton(devices[0] if devices else torch.device("cuda"))
+    if reason:
+        return f"eager: Triton is not there ({reason})"
+    from . import triton_runner
+
+    compiled = triton_runner.compile_seconds
+    took = f"the first call compiled for {compiled:.1f} s" if compiled is not None else "nothing compiled so far"
+    return f"triton: {triton_runner.version()}, {took}" + ("" if devices else "; no GPU is visible")

@@ -437,7 +437,7 @@ class FusedOptimizer(Optimizer):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
             self._awaken(plan, grads)
-        if self._run is not ops.run_native:
+        if self._run is ops._eager_lists:  # the others find out themselves, and say so at once
             self._refuse(plan, grads)
             plan = self._make_plan() if self._lacks_state(plan) else plan
         try:

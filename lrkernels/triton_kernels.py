@@ -82,7 +82,7 @@ def _module(name: str, members: dict[str, int]) -> Any:
     return module
 
 
-def _slots(kind: type[IntEnum], start: int = 0) -> Any:
+def _slots(kind: Any, start: int = 0) -> Any:
     return _module(kind.__name__, {name: start + int(slot) for name, slot in kind.__members__.items()})
 
 
@@ -379,7 +379,7 @@ def volsched_factor(control, settings, decay, decay_size, step):
         factor = start + (1.0 - start) * tl.where(warmup > 1, step / (warmup - 1.0), 1.0)
     elif elapsed == 0:
         factor = tl.full((), 1.0, tl.float64)
-    elif elapsed.to(tl.int64) % window.to(tl.int64) == 0:
+    elif (elapsed.to(tl.int64) % window.to(tl.int64) == 0) & (elapsed - window < decay_size - 1):
         before = at(decay, decay_size, elapsed - window)
         fall = tl.where(before == 0, 0.0, at(decay, decay_size, elapsed) / before)
         lr = lr0 * held * volatility_multiplier(control, settings) * fall

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
 
 __all__ = ["TritonRunner", "why_not"]
 
-OLDEST = (3, 6)
 PROGRAMS = 8  # for each multiprocessor; of four warps
 NAMES = ("params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write")
 DTYPES = {
@@ -28,19 +26,22 @@ DTYPES = {
     torch.bfloat16: Dtype.BFLOAT16,
     torch.float16: Dtype.FLOAT16,
 }
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton read it when it was imported
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 def why_not(device: torch.device) -> str:
     """Return why Triton does not serve ``device``, or an empty string."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
-        return f"Triton {triton.__version__} is too old; it takes {OLDEST[0]}.{OLDEST[1]} or newer"
     if device.type == "cpu" and not INTERPRETED:
-        return "Triton runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
-    if device.type not in ("cpu", "cuda", "xpu"):
-        return f"Triton knows no {device.type}"
-    return ""
+        return "it runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
+    return "" if device.type in ("cpu", "cuda", "xpu") else f"it knows no {device.type}"
+
+
+compile_seconds: float | None = None  # what the first call of a kernel took in this process, to be shown
+
+
+def version() -> str:
+    """Return Triton's version, and whether it interprets."""
+    return f"Triton {triton.__version__}" + (", interpreted" if INTERPRETED else "")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -158,7 +159,6 @@ class TritonRunner:
     def __init__(self, device: torch.device, programs: int | None = None, most: int | None = None) -> None:
         self.device = device
         self.programs, self.most = programs, most  # for tests: how many, and how many chunks one of them takes
-        self.compile_seconds: float | None = None  # of the first call
         self._counters = torch.zeros(len(Counter) * 32, dtype=torch.int32, device=device)
         self._table: _Table | None = None
         self._fixed: Any = None
@@ -169,6 +169,7 @@ class TritonRunner:
 
     def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
         """Run the verbs, or raise and change nothing."""
+        global compile_seconds
         from .ops import LISTS, listed, run_copies  # which imports this module
 
         columns = [listed(column) for column in arguments[:LISTS]]
@@ -221,10 +222,10 @@ class TritonRunner:
                 num_warps=4,
                 enable_fp_fusion=False,  # fused where the rules say fma, and nowhere else
             )
-        if self.compile_seconds is None:
-            self.compile_seconds = time.perf_counter() - start
+        if compile_seconds is None:
+            compile_seconds = time.perf_counter() - start
         if verbs & Verb.APPLY and self._table.index:  # a backward pass that still needs the old values must find out
-            torch.autograd.graph.increment_version([columns[0][i] for i in self._table.index])
+            torch.autograd.graph.increment_version([columns[0][i] for i in self._table.index])  # type: ignore[index]
         return None
 
     def _upload(self, moving: Any) -> None:
@@ -286,11 +287,11 @@ class TritonRunner:
 
     def _is_even(self, rule: int, columns: list[Any], i: int, groups: Tensor, hyper: Tensor) -> bool:
         """Check a row's tensors; return whether they share one dense layout."""
-        row = [column[i] if column else None for column in columns]
+        row: list[Any] = [column[i] if column else None for column in columns]
         param, grad, *states, master, _, _ = row
         for name, x in zip(NAMES, row, strict=True):
-            fits = x is None or (isinstance(x, Tensor) and x.dtype in DTYPES and x.device == self.device)
-            fits = fits and (x is None or x.layout == torch.strided)
+            fits = x is None or bool(isinstance(x, Tensor) and x.dtype in DTYPES and x.layout == torch.strided)
+            fits = fits and (x is None or x.device == self.device)
             _check(
                 fits,
                 f"{name}[{i}] is not a dense tensor of float32, float64, bfloat16 or float16 on {self.device}",
