@@ -18,7 +18,8 @@ from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
 
 __all__ = ["TritonRunner", "why_not"]
 
-PROGRAMS = 8  # for each multiprocessor; of four warps
+PROGRAMS = 4  # for each multiprocessor; of four warps
+REGISTERS = 128  # of a thread: so that they are there at once, and the compiler spills none (NVIDIA)
 NAMES = ("params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write")
 DTYPES = {
     torch.float32: Dtype.FLOAT32,
@@ -108,7 +109,6 @@ class _Table:
         self.rows = self.host[at : at + table.size].reshape(table.shape)  # a view of it
         self.chunks = len(chunk_rows)
         self.index = self.rows[:, Field.INDEX].tolist()
-        self.keeps = bool(columns[7])
         self._align()
 
         def code(field: Field) -> int:
@@ -136,10 +136,10 @@ class _Table:
         addresses = self.rows[:, Field.PARAM : Field.PREV_WRITE + 1]
         self.rows[:, Field.ALIGNED] = (addresses % 16 == 0).all(axis=1)
 
-    def move(self, grads: Sequence[int], prev_read: Sequence[int] | None) -> None:
-        """Take new addresses of the gradients, and of the kept ones."""
+    def move(self, grads: Sequence[int], prev_read: Sequence[int]) -> None:
+        """Take new addresses of the gradients, and of the kept ones if the caller keeps them."""
         self.rows[:, Field.GRAD] = [grads[i] for i in self.index]
-        if prev_read is not None:
+        if prev_read:
             self.rows[:, Field.PREV_READ] = [prev_read[i] for i in self.index]
         self._align()
 
@@ -172,6 +172,10 @@ class TritonRunner:
         global compile_seconds
         from .ops import LISTS, listed, run_copies  # which imports this module
 
+        for name, column in zip(NAMES, arguments, strict=False):
+            pair = isinstance(column, tuple) and len(column) == 2 and isinstance(column[0], list)
+            what = f"{name} must be a list of tensors, or a pair (dictionaries, key)"
+            _check(column is None or isinstance(column, list) or pair, what)
         columns = [listed(column) for column in arguments[:LISTS]]
         groups, counts, control, settings, lr, hyper, table, decay, history, found_inf, grad_scale = arguments[LISTS:]
         for name, x in [("found_inf", found_inf), ("grad_scale", grad_scale)]:
@@ -186,7 +190,7 @@ class TritonRunner:
             self._upload(moving)
         elif moving != self._moving:
             assert self._table is not None
-            self._table.move(moving[0], None if self._table.keeps else moving[1])
+            self._table.move(*moving)
             self._upload(moving)
         assert self._table is not None
         ahead = verbs & (Verb.MEASURE | Verb.DECIDE) and not (verbs == Verb.STEP and not two_pass)
@@ -221,6 +225,7 @@ class TritonRunner:
                 LAYOUT=LAYOUT,
                 num_warps=4,
                 enable_fp_fusion=False,  # fused where the rules say fma, and nowhere else
+                **({"maxnreg": REGISTERS} if self.device.type == "cuda" and not torch.version.hip else {}),
             )
         if compile_seconds is None:
             compile_seconds = time.perf_counter() - start
@@ -290,22 +295,19 @@ class TritonRunner:
         row: list[Any] = [column[i] if column else None for column in columns]
         param, grad, *states, master, _, _ = row
         for name, x in zip(NAMES, row, strict=True):
-            fits = x is None or bool(isinstance(x, Tensor) and x.dtype in DTYPES and x.layout == torch.strided)
-            fits = fits and (x is None or x.device == self.device)
-            _check(
-                fits,
-                f"{name}[{i}] is not a dense tensor of float32, float64, bfloat16 or float16 on {self.device}",
-            )
-        _check(isinstance(param, Tensor), f"params[{i}] is not a tensor")
+            what = f"{name}[{i}] is not a dense tensor of float32, float64, bfloat16 or float16 on {self.device}"
+            _check(isinstance(x, Tensor) or (x is None and name != "params"), what)
+            dense = x is None or (x.dtype in DTYPES and x.layout == torch.strided and x.device == self.device)
+            _check(dense, what)
         _check(
             grad.dtype in (param.dtype, torch.float32), f"grads[{i}] is neither of its parameter's dtype nor float32"
         )
-        settings = hyper[int(groups[i])]
+        told = hyper[int(groups[i])].tolist()
         for k, state in enumerate(states):
-            needed = k == 0 and settings[Hyper.MOMENTUM] != 0
+            needed = k == 0 and told[Hyper.MOMENTUM] != 0
             if rule == Rule.ADAMW:
-                needed = k < 2 or settings[Hyper.AMSGRAD] != 0
-            _check(state is not None or not bool(needed), f"the rule needs {NAMES[2 + k]}[{i}], which is not there")
+                needed = k < 2 or told[Hyper.AMSGRAD] != 0
+            _check(state is not None or not needed, f"the rule needs {NAMES[2 + k]}[{i}], which is not there")
         kinds = {state.dtype for state in states if state is not None}
         _check(len(kinds) < 2, f"the states of parameter {i} are of several dtypes")
         kinds = {x.dtype for x in row[6:] if x is not None}
