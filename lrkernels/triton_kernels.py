@@ -775,7 +775,7 @@ def run_chunk(
     TYPE: tl.constexpr,
 ):
     """Measure and update one chunk of a row; its sums go to ``partials``."""
-    BLOCK: tl.constexpr = _Size.BLOCK
+    BLOCK: tl.constexpr = _Size.BLOCK * 32 // TYPE.primitive_bitwidth
     TAIL: tl.constexpr = _Size.TAIL
     zero = tl.zeros([BLOCK // 4], tl.float64)
     fast = (zero, zero, zero, zero, zero, zero, zero, zero)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
 
 __all__ = ["TritonRunner", "why_not"]
 
-PROGRAMS = 4  # for each multiprocessor; of four warps
-REGISTERS = 128  # of a thread: so that they are there at once, and the compiler spills none (NVIDIA)
+WARPS = 4  # of a program
 NAMES = ("params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write")
 DTYPES = {
     torch.float32: Dtype.FLOAT32,
@@ -131,6 +130,7 @@ class _Table:
         }
         if rule == Rule.SGD:
             self.constants["STATES"] = min(1, self.constants["STATES"])
+        self.resident = 65536 // (32 * WARPS * registers(self.constants))
 
     def _align(self) -> None:
         addresses = self.rows[:, Field.PARAM : Field.PREV_WRITE + 1]
@@ -142,6 +142,14 @@ class _Table:
         if prev_read:
             self.rows[:, Field.PREV_READ] = [prev_read[i] for i in self.index]
         self._align()
+
+
+def registers(constants: Mapping[str, int]) -> int:
+    """Return the registers of a thread: as few as do without spilling, so that more programs run at once."""
+    kinds = {constants[name] for name in ("PARAM", "UPDATED", "GRAD", "STATE", "PREV")}
+    if kinds == {Dtype.FLOAT32}:
+        return 128
+    return 255 if kinds & {Dtype.FLOAT64, Dtype.MIXED} else 168
 
 
 def any_of(column: Any) -> bool:
@@ -158,6 +166,7 @@ class TritonRunner:
 
     def __init__(self, device: torch.device, programs: int | None = None, most: int | None = None) -> None:
         self.device = device
+        self.nvidia = device.type == "cuda" and torch.version.hip is None
         self.programs, self.most = programs, most  # for tests: how many, and how many chunks one of them takes
         self._counters = torch.zeros(len(Counter) * 32, dtype=torch.int32, device=device)
         self._table: _Table | None = None
@@ -195,7 +204,7 @@ class TritonRunner:
         assert self._table is not None
         ahead = verbs & (Verb.MEASURE | Verb.DECIDE) and not (verbs == Verb.STEP and not two_pass)
         tickets = self._table.chunks * (bool(verbs & Verb.APPLY) + bool(ahead and verbs & Verb.MEASURE))
-        programs = self.programs or min(max(tickets, 1), _multiprocessors(self.device) * PROGRAMS)
+        programs = self.programs or min(max(tickets, 1), _multiprocessors(self.device) * self._table.resident)
         start = time.perf_counter()
         with _current(self.device):
             step_kernel[(programs,)](
@@ -223,9 +232,9 @@ class TritonRunner:
                 TWO_PASS=bool(two_pass),
                 **self._table.constants,
                 LAYOUT=LAYOUT,
-                num_warps=4,
+                num_warps=WARPS,
                 enable_fp_fusion=False,  # fused where the rules say fma, and nowhere else
-                **({"maxnreg": REGISTERS} if self.device.type == "cuda" and not torch.version.hip else {}),
+                **({"maxnreg": registers(self._table.constants)} if self.nvidia else {}),
             )
         if compile_seconds is None:
             compile_seconds = time.perf_counter() - start
