@@ -282,7 +282,7 @@ LRK_RULE double rate(double lr, double multiplier, const double* control, const 
 LRK_RULE double alignment_factor(double* control, const double* settings, double direction_cosine) {
   if (control[kStep] > 0 && control[kStep] < settings[kFreezeAfter])
     control[kLogFactor] += settings[kKappa] * (direction_cosine + settings[kBias]);
-  return ::exp(control[kLogFactor]);
+  return ::exp(control[kLogFactor] < 80.0 ? control[kLogFactor] : 80.0);  // above that no float32 rate is finite
 }
 
 // Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2.

@@ -52,6 +52,15 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 _LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
+_IGNORED = {"foreach", "fused", "capturable"}  # torch's, which may be None
+_FLAGS = {
+    "maximize",
+    "nesterov",
+    "decoupled_weight_decay",
+    "zero_init_momentum",
+    "amsgrad",
+    "differentiable",
+} | _IGNORED
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -64,6 +73,11 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
     value = group[name]
     number = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
     _check(number, f"{name} must be finite and >= 0, got {value!r}")
+
+
+def _is_real(value: Tensor) -> bool:
+    """Whether the tensor has memory, with one real number for each element."""
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
 
 
 class _Plan:
@@ -111,7 +125,8 @@ class FusedOptimizer(Optimizer):
             ``"alignment"`` (default: ()).
         prev_grad: how the previous gradient is kept when it is needed: ``"store"``, ``"bfloat16"`` (half the size), or
             ``"swap"`` (the tensor itself, which must not be changed in place then) (default: "store").
-        process_group: add the sums up over these processes, which hold different parameters (default: None).
+        process_group: add the sums up over these processes, which hold different parameters; ``DTensor`` s need none,
+            their mesh says it (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
         state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
@@ -219,11 +234,16 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            _check(_is_real(lr), f"lr must be a real number, got {lr}")
             waits = lr.device.type != "cpu"
             _check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
+        for name in _FLAGS & group.keys():
+            unset = group[name] is None and name in _IGNORED
+            flag = unset or isinstance(group[name], int | np.bool_)
+            _check(flag, f"{name} must be True or False, got {group[name]!r}")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
 
     def _check_together(self) -> None:
@@ -291,6 +311,9 @@ class FusedOptimizer(Optimizer):
             self._controller.to(plan.device)
             self._seen = None
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+        for gone in (self._counts.keys() | self._kept.keys()).difference(plan.params):
+            self._counts.pop(gone, None)
+            self._kept.pop(gone, None)
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -683,7 +706,8 @@ class FusedOptimizer(Optimizer):
             isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups),
             "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
         )
-        sizes = [len(group.get("params", ())) for group in groups]
+        lists = [group.get("params") for group in groups]
+        sizes = [len(params) if isinstance(params, list | tuple) else None for params in lists]
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
@@ -711,15 +735,16 @@ class FusedOptimizer(Optimizer):
                 if value is None:
                     continue
                 if key == "step":
-                    count = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+                    count = value.numel() == 1 and _is_real(value) if isinstance(value, Tensor) else True
+                    count = count and isinstance(value, numbers.Real | Tensor)
                     _check(
                         count and 0.0 <= float(value) < math.inf,
                         f"the checkpoint's step of parameter {i} is {value!r}, not a count",
                     )
                     continue
                 _check(
-                    not isinstance(value, Tensor) or value.is_floating_point(),
-                    f"the checkpoint's {key} of parameter {i} is not of a floating-point dtype",
+                    not isinstance(value, Tensor) or (value.is_floating_point() and _is_real(value)),
+                    f"the checkpoint's {key} of parameter {i} is not a dense tensor of a floating-point dtype",
                 )
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 _check(
@@ -735,10 +760,20 @@ class FusedOptimizer(Optimizer):
         return saved
 
     def _check_control(self, control: Any) -> None:
+        if control is None:
+            return
         _check(
-            control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
+            isinstance(control, Tensor) and control.shape == self._controller.control.shape,
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
+        _check(_is_real(control), f"the checkpoint's schedule state is garbled: a tensor of {control.dtype}")
+        values = control.tolist()
+        for slot in (Control.STEP, Control.SKIPPED, Control.SIGNALS, Control.FACTOR, Control.NEXT_FACTOR):
+            whole = "FACTOR" in slot.name or values[slot] % 1 == 0
+            _check(
+                0.0 <= values[slot] < math.inf and whole,
+                f"the checkpoint's schedule state is garbled: {slot.name} is {values[slot]}",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
