@@ -285,7 +285,7 @@ def alignment_factor(control, settings, direction_cosine):
     counts = (step > 0) & (step < tl.load(settings + _Setting.FREEZE_AFTER))
     log_factor = tl.where(counts, log_factor + increment, log_factor)
     tl.store(control + _Control.LOG_FACTOR, log_factor)
-    return tl.exp(log_factor)
+    return tl.exp(tl.where(log_factor < 80.0, log_factor, 80.0))  # above that no float32 rate is finite
 
 
 @triton.jit

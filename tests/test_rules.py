@@ -3,6 +3,7 @@
 import ast
 import itertools
 import math
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ backends = pytest.mark.parametrize(
     [
         "eager",
         pytest.param("native", marks=pytest.mark.skipif(ops._C is None, reason="the binary is not there")),
+        *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []),  # started by test_triton.py
     ],
 )
 
