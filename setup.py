@@ -70,8 +70,8 @@ class Build(BuildExtension):
             )
             extension.extra_objects += [str(target), str(library)]
             extension.extra_link_args += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-            shown = ", ".join(re.findall(r"(?:sm|compute)_\w+(?=[],])", " ".join(architectures())))
-            extension.define_macros.append(("LRK_CUDA", f'"{shown}"'))
+            codes = re.findall(r"code=\[([^]]*)\]", " ".join(architectures()))
+            extension.define_macros.append(("LRK_CUDA", f'"{" ".join(codes).replace(",", " ")}"'))
         super().build_extensions()
 
 
