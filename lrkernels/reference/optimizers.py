@@ -379,8 +379,9 @@ class Reference(torch.optim.Optimizer):
             "skipped": self._skipped,
             "move": self._move,
             "last_gg": self._last_gg,
-            "signal": None if self._signal is None else float(self._signal),
         }
+        if isinstance(rule, VolSched) and self._signal is not None:
+            own["signal"] = float(self._signal)
         if rule is not None:
             own["rule"] = {name: getattr(rule, name) for name in _state_names(rule)}
         return {**super().state_dict(), "lrkernels": own}
@@ -391,7 +392,7 @@ class Reference(torch.optim.Optimizer):
         if (own := state_dict.get("lrkernels")) is None:
             return
         self._completed, self._skipped = own["step"], own["skipped"]
-        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own["signal"]
+        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own.get("signal")
         learnt = own.get("rule", {})
         rule = self._make_rule(learnt.get("lr_0", 0.0))
         self._rule = rule if rule and learnt.keys() == _state_names(rule) else None
