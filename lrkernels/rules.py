@@ -77,7 +77,7 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """M <- lerp(m, g, 1 - beta1); v <- beta2 v + (1 - beta2) g^2; p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
-    As in ``torch.optim.AdamW``, whose roots may differ in the last bit.
+    As in ``torch.optim.AdamW``, whose roots may differ in the last bit and which divides by the root of 1 - beta2^t.
     """
 
     def cast(value: float | Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def adamw_step(
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt()
-    denominator = sqrt(second) / cast(bias2_sqrt) + cast(hyper[Hyper.EPS])
+    unbias2_sqrt = 1.0 / (1.0 - hyper[Hyper.BETA2] ** step).sqrt()
+    denominator = sqrt(second) * cast(unbias2_sqrt) + cast(hyper[Hyper.EPS])
     step_size = lr / length / (1.0 - hyper[Hyper.BETA1] ** step)
     param = param + (exp_avg * cast(-step_size)) / denominator
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
