@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -85,8 +84,7 @@ class _Plan:
         """Whether nobody has exchanged the states, or moved the parameters, since."""
         return (
             self.state is optimizer.state
-            and len(self.entries) == len(self.state)
-            and all(map(operator.is_, self.entries, self.state.values()))
+            and ops.holds(self.state, self.entries)
             and (not self.params or self.params[0].device == self.device)
         )
 
@@ -386,7 +384,7 @@ class FusedOptimizer(Optimizer):
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
         self._refresh_hyper(plan)
-        grads = [p.grad for p in plan.params]
+        grads = ops.gradients(plan.params)
         if self._process_group is None and all(grad is None for grad in grads):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
