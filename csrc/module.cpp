@@ -320,14 +320,22 @@ PyObject* gradients(PyObject*, PyObject* params) {
 }
 
 PyObject* holds(PyObject*, PyObject* args) {
-  PyObject *entries, *values;
-  if (!PyArg_ParseTuple(args, "OO", &entries, &values)) return nullptr;
-  if (!PyDict_Check(entries) || !PyList_Check(values)) return error("holds() takes a dictionary and a list");
-  bool same = PyDict_Size(entries) == PyList_Size(values);
+  PyObject *container, *values;
+  if (!PyArg_ParseTuple(args, "OO", &container, &values)) return nullptr;
+  const bool dictionary = PyDict_Check(container);
+  if (!(dictionary || PyList_Check(container)) || !PyList_Check(values))
+    return error("holds() takes a list or a dictionary, and a list");
+  const Py_ssize_t size = PyList_Size(values);
+  bool same = (dictionary ? PyDict_Size(container) : PyList_Size(container)) == size;
   PyObject *key, *value;
   Py_ssize_t at = 0;
-  for (Py_ssize_t i = 0; same && PyDict_Next(entries, &at, &key, &value); ++i)
+  for (Py_ssize_t i = 0; same && i < size; ++i) {
+    if (!dictionary)
+      value = PyList_GetItem(container, i);
+    else if (!PyDict_Next(container, &at, &key, &value))
+      break;
     same = value == PyList_GetItem(values, i);
+  }
   return PyBool_FromLong(same);
 }
 
@@ -339,7 +347,8 @@ PyMethodDef methods[] = {
     {"connect", connect, METH_O, "Takes torch.Tensor.__dlpack_c_exchange_api__; before anything else."},
     {"locate", locate, METH_O,
      "locate(tensors): looks for the handle in a torch.Tensor and a torch.nn.Parameter; whether it is found."},
-    {"holds", holds, METH_VARARGS, "holds(dictionary, values): whether these very objects are its values, in order."},
+    {"holds", holds, METH_VARARGS,
+     "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
     {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
     {"run", run, METH_VARARGS, run_doc},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use on this machine."},

@@ -354,7 +354,7 @@ LRK_RULE double volsched_factor(double* control, const double* settings, const d
     return settings[kWarmupStart] + (1.0 - settings[kWarmupStart]) * (warmup > 1 ? step / (warmup - 1.0) : 1.0);
   }
   if (elapsed == 0) return 1.0;
-  if (::fmod(elapsed, window) != 0) return control[kNextFactor];
+  if (::fmod(elapsed, window) != 0 || elapsed - window >= double(decay_size - 1)) return control[kNextFactor];
   const double before = at(decay, decay_size, elapsed - window);
   const double fall = before > 0 ? at(decay, decay_size, elapsed) / before : (before == 0 ? 0.0 : 1.0);
   const double lr = lr0 * control[kNextFactor] * volatility_multiplier(control, settings) * fall;

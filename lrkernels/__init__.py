@@ -3,6 +3,7 @@
 from . import batch_sizes, recipes, reference, schedules
 from .batch_sizes import ScheduledBatchSampler
 from .guard import Guard
+from .log import log_history
 from .ops import info
 from .optim import FusedAdamW, FusedSGD
 from .wrappers import GALA, Alignment, VolSchedLR
@@ -19,6 +20,7 @@ __all__ = [
     "VolSchedLR",
     "batch_sizes",
     "info",
+    "log_history",
     "recipes",
     "reference",
     "schedules",

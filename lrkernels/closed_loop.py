@@ -7,8 +7,10 @@ the state lives on the device, in the optimizer's control tensor.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["AlignmentSchedule", "ClosedLoop", "GalaSchedule", "VolSchedule"]
 
@@ -16,6 +18,17 @@ __all__ = ["AlignmentSchedule", "ClosedLoop", "GalaSchedule", "VolSchedule"]
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"lrkernels: {message}")
+
+
+def _check_number(name: str, value: Any, low: float = -math.inf) -> None:
+    bound = "" if low == -math.inf else f" and >= {low:g}"
+    good = isinstance(value, numbers.Real) and math.isfinite(float(value)) and float(value) >= low
+    _check(good, f"{name} must be finite{bound}, got {value!r}")
+
+
+def _check_whole(name: str, value: Any, low: int) -> None:
+    good = isinstance(value, numbers.Integral) and int(value) >= low
+    _check(good, f"{name} must be a whole number, at least {low}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,11 @@ class ClosedLoop:
 
     def __post_init__(self) -> None:
         """Check the bounds that every closed loop has."""
-        _check(0.0 <= self.min_lr <= self.max_lr, f"need 0 <= min_lr <= max_lr, got {self.min_lr}, {self.max_lr}")
+        numbers_given = isinstance(self.min_lr, numbers.Real) and isinstance(self.max_lr, numbers.Real)
+        _check(
+            numbers_given and 0.0 <= self.min_lr <= self.max_lr and self.min_lr < math.inf,
+            f"need 0 <= min_lr <= max_lr, and min_lr finite, got {self.min_lr}, {self.max_lr}",
+        )
 
 
 @dataclass(frozen=True)
@@ -42,12 +59,11 @@ class AlignmentSchedule(ClosedLoop):
     def __post_init__(self) -> None:
         """Refuse settings the rule is not defined for."""
         super().__post_init__()
-        _check(math.isfinite(self.kappa) and self.kappa >= 0, f"kappa must be finite and >= 0, got {self.kappa}")
-        _check(math.isfinite(self.bias), f"bias must be finite, got {self.bias}")
-        _check(self.lag in (0, 1), f"lag must be 0 (two passes) or 1 (one pass), got {self.lag}")
-        _check(
-            self.freeze_after is None or self.freeze_after >= 0, f"freeze_after must be >= 0, got {self.freeze_after}"
-        )
+        _check_number("kappa", self.kappa, 0)
+        _check_number("bias", self.bias)
+        _check(self.lag in (0, 1), f"lag must be 0 (two passes) or 1 (one pass), got {self.lag!r}")
+        if self.freeze_after is not None:
+            _check_whole("freeze_after", self.freeze_after, 0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class GalaSchedule(ClosedLoop):
     def __post_init__(self) -> None:
         """Refuse settings the rule is not defined for."""
         super().__post_init__()
-        _check(math.isfinite(self.delta) and self.delta >= 0, f"delta must be finite and >= 0, got {self.delta}")
+        _check_number("delta", self.delta, 0)
         modes = ("same_batch", "consecutive")
         _check(self.mode in modes, f"mode must be one of {modes}, got {self.mode!r}")
 
@@ -80,10 +96,13 @@ class VolSchedule(ClosedLoop):
     def __post_init__(self) -> None:
         """Refuse settings the rule is not defined for."""
         super().__post_init__()
-        _check(self.total_steps > self.warmup_steps >= 0, "need total_steps > warmup_steps >= 0")
-        _check(self.window >= 2, f"window must be at least 2, got {self.window}")
-        _check(math.isfinite(self.sensitivity), f"sensitivity must be finite, got {self.sensitivity}")
-        _check(self.history is None or self.history > self.window, "history must be larger than the window")
+        _check_whole("warmup_steps", self.warmup_steps, 0)
+        _check_whole("total_steps", self.total_steps, self.warmup_steps + 1)
+        _check_whole("window", self.window, 2)
+        _check_number("sensitivity", self.sensitivity, 0)
+        _check_number("warmup_start", self.warmup_start, 0)
+        if self.history is not None:
+            _check_whole("history", self.history, self.window + 1)
         _check(self.decay == "cosine" or callable(self.decay), "decay must be 'cosine' or an open-loop schedule")
 
     @property

@@ -100,6 +100,7 @@ class Controller:
         self._keep_all = history_size is None
         self._pages: list[tuple[Tensor, Tensor]] = []  # copies of the ring, and how many rows had been written
         self._calls = 0  # steps since: the ring has not gone round between two copies
+        self.loads = 0  # checkpoints loaded; at each the history begins anew
 
     def _fresh(self, size: int) -> Tensor:
         """Return the control tensor of a run that has not begun."""
@@ -118,7 +119,13 @@ class Controller:
             return [1.0]
         steps = loop.total_steps - loop.warmup_steps
         decay = schedules.cosine(steps) if isinstance(loop.decay, str) else loop.decay
-        return [float(decay(step)) for step in range(steps + 1)]
+        values = [float(decay(step)) for step in range(steps + 1)]
+        wrong = [step for step, value in enumerate(values) if not 0.0 <= value < math.inf]
+        if wrong:
+            raise ValueError(
+                f"lrkernels: volsched's decay is {values[wrong[0]]} at step {wrong[0]}; it must be finite and >= 0"
+            )
+        return values
 
     def to(self, device: torch.device) -> None:
         """Move the device's tensors."""
@@ -135,6 +142,11 @@ class Controller:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.control.device
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no step yet, or none since a checkpoint was loaded."""
+        return self._calls == 0
 
     @property
     def sums(self) -> Tensor:
@@ -212,5 +224,6 @@ class Controller:
         """Continue from a checkpoint's control tensor, or begin anew without one; in place. The history is empty."""
         self.control.copy_(self._fresh(len(self.control)) if control is None else control)
         self.control[Control.ROWS] = 0
+        self.loads += 1
         self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
         self._steps, self._calls, self._pages = int(self.control[Control.STEP]), 0, []

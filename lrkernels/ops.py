@@ -263,11 +263,12 @@ def gradients(params: list[Tensor]) -> list[Tensor | None]:
     return [p.grad for p in params] if _C is None else _C.gradients(params)
 
 
-def holds(entries: dict[Any, Any], values: list[Any]) -> bool:
-    """Whether these very objects are the dictionary's values, in this order."""
+def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
+    """Whether these very objects are the list's items, or the dictionary's values, in this order."""
     if _C is not None:
-        return bool(_C.holds(entries, values))
-    return len(entries) == len(values) and all(map(operator.is_, entries.values(), values))
+        return bool(_C.holds(container, values))
+    found = container.values() if isinstance(container, dict) else container
+    return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
 def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:

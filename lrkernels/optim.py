@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +17,8 @@ from . import ops, schedules
 from .closed_loop import AlignmentSchedule, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Sum, Verb
+from .distributed import local, same_spread, spread_of, version
+from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Verb
 
 __all__ = ["FusedAdamW", "FusedSGD"]
 
@@ -46,9 +46,10 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
     "_master_weights",
     "_normalize",
     "_may_skip",
+    "_rehearsed",
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
-_OURS = {"decoupled_weight_decay": False, "zero_init_momentum": False}  # torch's checkpoints do not have these
+_LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -66,24 +67,30 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
 class _Plan:
     """All parameters, flat and in order, with their states: what a step hands to the kernels besides the gradients."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        self.lists = [list(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
         self.device = self.params[0].device if flat else torch.device("cpu")
         devices = sorted({str(p.device) for p in self.params})
         _check(len(devices) <= 1, f"parameters on several devices ({', '.join(devices)}): make one optimizer for each")
-        self.counts = torch.zeros(len(flat), len(Count), device=self.device)
+        self.spread = spread_of(self.params, optimizer._process_group)
+        self.counts = torch.zeros(len(flat), len(Count), dtype=torch.float32, device=self.device)
         self.state = optimizer.state
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
         self.entries = list(self.state.values())
 
-    def is_current(self, optimizer: Optimizer) -> bool:
-        """Whether nobody has exchanged the states, or moved the parameters, since."""
+    def is_current(self, optimizer: FusedOptimizer) -> bool:
+        """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
+        lists = [group["params"] for group in optimizer.param_groups]
         return (
-            self.state is optimizer.state
+            len(lists) == len(self.lists)
+            and all(map(ops.holds, lists, self.lists))
+            and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
+            and self.state is optimizer.state
             and ops.holds(self.state, self.entries)
             and (not self.params or self.params[0].device == self.device)
         )
@@ -121,7 +128,6 @@ class FusedOptimizer(Optimizer):
     _states: ClassVar[tuple[str | None, str | None, str | None]]  # the rule's states, in the kernels' order
     _required: ClassVar[tuple[str, ...]] = ()  # of them, what a checkpoint must have
     _hyper_names: ClassVar[tuple[str, ...]]  # what a group must have besides lr
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands us found_inf and grad_scale
 
     def __init__(
         self,
@@ -189,8 +195,19 @@ class FusedOptimizer(Optimizer):
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
+        self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands us found_inf and grad_scale, and calls ``step`` all the same.
+
+        accelerate puts a ``step`` of its own in place, and takes each call of it for a step that was made. Under it
+        the scaler unscales, waits and skips as with any optimizer, so ``step_was_skipped`` is right.
+        """
+        return not (getattr(self.step, "__module__", None) or "").startswith("accelerate.")
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -264,17 +281,35 @@ class FusedOptimizer(Optimizer):
 
     def _make_plan(self) -> _Plan:
         """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
+        self._adopt_control()
         plan = _Plan(self)
         if self._run is None or plan.device != self._controller.device:
             self._run = ops.backend_for(plan.device, self._backend)
             self._controller.to(plan.device)
             self._seen = None
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
         plan.entries = list(self.state.values())
         self._plan = plan
         return plan
+
+    def _adopt_control(self) -> None:
+        """Continue from a control tensor put into the first group, as by ZeroRedundancyOptimizer."""
+        control = self.param_groups[0].get(CONTROL_KEY, self._controller.control)
+        if control is not self._controller.control:
+            self._check_control(control)
+            self._begin_from(control)
+
+    def _begin_from(self, control: Tensor | None) -> None:
+        """Continue from a checkpoint's control tensor, and from the states that came with it."""
+        self._counts.clear()
+        self._kept.clear()
+        self._controller.load(control)
+        self.param_groups[0][CONTROL_KEY] = self._controller.control
+        self._rehearsed = False
+        self._plan = None
 
     def _fill_state(self, plan: _Plan, i: int) -> None:
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
@@ -292,10 +327,15 @@ class FusedOptimizer(Optimizer):
                     counts[Count.UPDATES] = 0.0
         if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
-        if self._prev_grad == "swap":
+        if not self._keeps_prev():
+            if not self._same_batch:  # one that was kept so far would be an older step's when it is needed again
+                state.pop("prev_grad", None)
+                self._kept.pop(p, None)
+                counts[Count.HAS_PREV] = 0.0
+        elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, prev._version)
-        elif self._keeps_prev():
+                self._kept[p] = (prev, version(prev))
+        else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
             if prev is None:
@@ -379,12 +419,17 @@ class FusedOptimizer(Optimizer):
             closure = torch.enable_grad()(closure)
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
-        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         plan = self._plan
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
+        grads: list[Tensor | None] = ops.gradients(plan.params)
+        if plan.spread is not None:
+            grads = plan.spread.aligned(plan.params, grads)
+        if self._controller.is_new and closure is None and self._rehearses(plan, grads):
+            return loss
+        self._rehearsed = False
+        _check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         self._refresh_hyper(plan)
-        grads = ops.gradients(plan.params)
         if self._process_group is None and all(grad is None for grad in grads):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
@@ -401,6 +446,29 @@ class FusedOptimizer(Optimizer):
             self._launch(self._make_plan(), grads, there)
         return loss
 
+    def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
+        """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
+
+        So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
+        """
+        for group in self.param_groups:
+            self._check_group(group)
+        rates = [group["lr"] for group in self.param_groups]
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False  # a rate on the device is not waited for; nor would that function have put it there
+        self._refuse(plan, grads)
+        zero = not self.state and not any(bool(local(grad).any()) for grad in grads if grad is not None)
+        if plan.spread is not None:
+            zero = plan.spread.agree(zero, plan.device)
+        if zero:
+            self._awaken(plan, grads)
+            for p in plan.params if self._same_batch else ():
+                self.state[p]["prev_param"] = p.clone()
+            if self._prev_grad == "swap" and self._keeps_prev():
+                self._keep_grads(plan, grads, False, None)
+            self._rehearsed = True
+        return zero
+
     def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
         """Return this batch's gradients where the parameters were before the last update."""
         points = {p: state["prev_param"] for p, state in self.state.items() if "prev_param" in state}
@@ -415,46 +483,57 @@ class FusedOptimizer(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if there is not None:
             prev_read = [there.get(p) for p in plan.params]
+            if plan.spread is not None:
+                prev_read = plan.spread.aligned(plan.params, prev_read)
             before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
         elif self._keeps_prev():
             if self._prev_grad == "swap":
                 prev_read = self._kept_grads(plan)
             else:
                 prev_write = (plan.states, "prev_grad")
+        spread = plan.spread
+        params, states, here = plan.params, plan.states, grads
+        if spread is not None:
+            params, states, here = spread.parts(params), spread.states(states), spread.parts(grads)
+            prev_read = prev_read and spread.parts(prev_read)
+            prev_write = prev_write and (states, "prev_grad")
         controller.before_step()
-        arguments = (
-            self._rule,
-            self._measure,
-            self._two_pass,
-            plan.params,
-            grads,
-            *((plan.states, key) if key else None for key in self._states),
-            (plan.states, MASTER) if self._master_weights else None,
-            prev_read,
-            prev_write,
-            plan.groups,
-            plan.counts,
-            controller.control,
-            controller.settings,
-            self._lr,
-            self._hyper_rows,
-            controller.table,
-            controller.decay,
-            controller.history,
-            found_inf,
-            grad_scale,
-        )
-        if self._process_group is None:
-            run(Verb.STEP, *arguments)
+
+        def call(
+            verbs: int,
+            grads: list[Tensor | None],
+            control: Tensor = controller.control,
+            history: Tensor = controller.history,
+        ) -> None:
+            run(
+                verbs,
+                self._rule,
+                self._measure,
+                self._two_pass,
+                params,
+                grads,
+                *((states, key) if key else None for key in self._states),
+                (states, MASTER) if self._master_weights else None,
+                prev_read,
+                prev_write,
+                plan.groups,
+                plan.counts,
+                control,
+                controller.settings,
+                self._lr,
+                self._hyper_rows,
+                controller.table,
+                controller.decay,
+                history,
+                found_inf,
+                grad_scale,
+            )
+
+        if spread is None:
+            call(Verb.STEP, here)
         else:
-            run(Verb.MEASURE, *arguments)
-            dist.all_reduce(controller.sums, group=self._process_group)
-            last_move = controller.control[Control.LAST_MOVE_SQ].clone()
-            run(Verb.DECIDE | Verb.APPLY, *arguments)
-            move = controller.sums[Sum.MOVE_SQ].clone()
-            dist.all_reduce(move, group=self._process_group)
-            skipped = controller.control[Control.SKIP] != 0
-            controller.control[Control.LAST_MOVE_SQ] = torch.where(skipped, last_move, move)
+            spread.step(call, here, controller, self._measure, found_inf is not None)
+            spread.raise_versions(plan.params, grads)
         if there is not None:
             for p, point in before:
                 self.state[p]["prev_param"] = point
@@ -472,11 +551,11 @@ class FusedOptimizer(Optimizer):
             if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
                 grad = torch.where(skipped, old, grad)
-            self._kept[p] = (grad, grad._version)
+            self._kept[p] = (grad, version(grad))
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
-        changed = [p for p, (grad, version) in self._kept.items() if grad._version != version]
+        changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
         new = [p for p in changed if p in self._kept]
@@ -485,7 +564,8 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 "lrkernels: prev_grad='swap' keeps each gradient until the next step, and the one of shape "
                 f"{tuple(new[0].shape)} was changed in place since, so it is lost; call "
-                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store'"
+                "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store' (as with "
+                "DistributedDataParallel's gradient_as_bucket_view=True, whose gradients stay its own)"
             )
         return [self._kept[p][0] if p in self._kept else None for p in plan.params]
 
@@ -519,10 +599,20 @@ class FusedOptimizer(Optimizer):
         """Return ``stats`` over the last ``history_size`` steps, oldest first, as arrays; one copy to the host."""
         return self._controller.read_history(self._measure, self._clipping)
 
+    def __repr__(self) -> str:
+        """As in torch, without the control tensor."""
+        control = self.param_groups[0].pop(CONTROL_KEY, None)
+        try:
+            return super().__repr__()
+        finally:
+            if control is not None:
+                self.param_groups[0][CONTROL_KEY] = control
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's own form; one more key of the first group holds what decides the next rate."""
+        self._adopt_control()
         packed = super().state_dict()
         flat = [p for group in self.param_groups for p in group["params"]]
         state: dict[Any, dict[str, Any]] = {}
@@ -530,14 +620,16 @@ class FusedOptimizer(Optimizer):
         known = dict(zip(self._counts, rows, strict=True))
         for i, p in enumerate(flat):
             counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            if p not in self.state or counts[Count.UPDATES] == 0:
+            started = counts[Count.UPDATES] != 0 or self._rehearsed
+            if p not in self.state or not (started or self._required == ()):
                 continue
-            entry = {key: value for key, value in self.state[p].items() if key != "prev_grad"}
+            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
+            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             if p in self._kept:
                 entry["prev_grad"] = self._kept[p][0]
-            elif "prev_grad" in self.state[p] and counts[Count.HAS_PREV] != 0:
+            elif "prev_grad" in self.state[p] and (counts[Count.HAS_PREV] != 0 or self._rehearsed):
                 entry["prev_grad"] = self.state[p]["prev_grad"]
             if entry:
                 state[i] = entry
@@ -561,7 +653,6 @@ class FusedOptimizer(Optimizer):
         old_state = {p: dict(self.state[p]) for p in flat if p in self.state}
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, old_groups, strict=True):
-            group.pop(CONTROL_KEY, None)
             for key, value in old.items():
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
@@ -578,10 +669,7 @@ class FusedOptimizer(Optimizer):
                         self.state[p][key] = there.copy_(value)
                     else:
                         self.state[p][key] = value.clone()
-        self._counts.clear()
-        self._kept.clear()
-        self._controller.load(control)
-        self._plan = None
+        self._begin_from(control)
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
@@ -596,13 +684,13 @@ class FusedOptimizer(Optimizer):
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
-            lacking = [key for key in ("lr", *self._hyper_names) if key not in {**_OURS, **saved_group}]
+            lacking = [key for key in ("lr", *self._hyper_names) if key not in {*_LATER, *saved_group}]
             _check(not lacking, f"the checkpoint's groups lack {lacking}: it is not one of {name}")
             self._check_group({**group, **saved_group})
         ids = [key for group in groups for key in group["params"]]
         _check(
-            all(isinstance(key, int) for key in ids) and len(set(ids)) == len(ids),
-            "the checkpoint's groups do not number their parameters",
+            all(isinstance(key, int | str) for key in ids) and len(set(ids)) == len(ids),
+            "the checkpoint's groups do not number or name their parameters",
         )
         saved = {i: state[key] for i, key in enumerate(ids) if key in state}
         known = {key for key in self._states if key} | {"step", "prev_grad", "prev_param", MASTER}
@@ -635,12 +723,19 @@ class FusedOptimizer(Optimizer):
                     shape == tuple(flat[i].shape),
                     f"the checkpoint's {key} of parameter {i} is {shape}, the parameter {tuple(flat[i].shape)}",
                 )
-        control = groups[0].get(CONTROL_KEY)
+                _check(
+                    same_spread(value, flat[i]),
+                    f"the checkpoint's {key} of parameter {i} and the parameter itself are not spread alike over the "
+                    "processes; load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+                )
+        self._check_control(groups[0].get(CONTROL_KEY))
+        return saved
+
+    def _check_control(self, control: Any) -> None:
         _check(
             control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
-        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
@@ -651,7 +746,7 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
-            self._kept = {p: (grad, grad._version) for p, (grad, _) in self._kept.items()}
+            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
         self._plan = self._run = self._seen = self._keys = None
         self._told = set()
 
@@ -874,11 +969,10 @@ class FusedAdamW(FusedOptimizer):
         super()._check_group(group)
         _check_finite(group, "eps")
         betas = group["betas"]
-        _check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas must be two numbers, got {betas!r}")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _check(pair and all(isinstance(x, numbers.Real) for x in betas), f"betas must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
-            _check(
-                isinstance(beta, numbers.Real) and 0.0 <= float(beta) < 1.0, f"betas[{i}] must be in [0, 1), got {beta}"
-            )
+            _check(0.0 <= beta < 1.0, f"betas[{i}] must be in [0, 1), got {beta}")
 
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         beta1, beta2 = group["betas"]

@@ -265,7 +265,8 @@ def volsched_factor(control: Tensor, settings: list[float], decay: Tensor, step:
     lr = lr0 * held * volatility_multiplier(control, settings) * fall
     moved = lr.clamp(settings[Setting.MIN_LR], settings[Setting.MAX_LR]) / lr0
     moved = torch.where(lr0 != 0, moved, held)
-    later = torch.where(elapsed == 0, torch.ones_like(held), torch.where(elapsed % window == 0, moved, held))
+    decides = (elapsed % window == 0) & (elapsed - window < len(decay) - 1)  # for the last time at the decay's end
+    later = torch.where(elapsed == 0, torch.ones_like(held), torch.where(decides, moved, held))
     return torch.where(elapsed < 0, climb, later)
 
 

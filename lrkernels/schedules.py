@@ -697,4 +697,5 @@ def volsched(
 
     Source: Ren, 2025, arXiv 2507.10575.
     """
+    _check(isinstance(decay, str) or _is_open_loop(decay), "decay must be 'cosine' or an open-loop schedule")
     return VolSchedule(min_lr, max_lr, total_steps, window, sensitivity, warmup_steps, warmup_start, history, decay)

@@ -565,7 +565,7 @@ ANY_KIND = {
     "control_too_long": (_control(lambda control: torch.cat([control] * 2)), "schedule state has another size"),
     "control_is_a_list": (_control(lambda control: control.tolist()), "schedule state has another size"),
     "unhashable_parameter": (_group(params=[[0], [1], [2]]), ""),
-    "one_parameter_twice": (_group(params=[0, 1, 1]), "the checkpoint's groups do not number their parameters"),
+    "one_parameter_twice": (_group(params=[0, 1, 1]), "the checkpoint's groups do not number or name their parameters"),
 }
 OF_SGD = {
     "no_momentum": (_without("momentum"), r"the checkpoint's groups lack \['momentum'\]: it is not one of FusedSGD"),

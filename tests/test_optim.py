@@ -218,6 +218,50 @@ def test_a_group_added_later(kind, backend):
     assert_same_training(kind, params, twins)
 
 
+def _another_list(groups, spare):
+    groups[0]["params"] = [spare, groups[0]["params"][1]]
+
+
+def _another_parameter(groups, spare):
+    groups[0]["params"][1] = spare
+
+
+def _one_more(groups, spare):
+    groups[1]["params"].append(spare)
+
+
+def _one_less(groups, spare):
+    del groups[0]["params"][0]
+
+
+def _one_to_another_group(groups, spare):
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+
+
+def _a_group_less(groups, spare):
+    del groups[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_another_list, _another_parameter, _one_more, _one_less, _one_to_another_group, _a_group_less],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_parameters_exchanged_in_the_groups_themselves(kind, change, backend):
+    """As Lightning's callbacks and accelerate do; no method of the optimizer is told."""
+    results = []
+    for build in (lambda groups: kind(groups, backend=backend), lambda groups: TORCH[kind](groups, foreach=False)):
+        a, b, c, spare = params = parameters([(5,), (4, 3), (5,), (5,)])
+        optimizer = build([{"params": [a, b], "lr": 0.1}, {"params": [c], "lr": 0.02}])
+        grads = gradients([p.shape for p in params], 6)
+        train(optimizer, params, grads[:3])
+        change(optimizer.param_groups, spare)
+        train(optimizer, params, grads[3:])
+        results.append(params)
+    assert_close(*results, rtol=1e-5, atol=2e-6)
+
+
 CHANGES = [  # the optimizer, how it starts, and {completed steps: what is written into its group}
     pytest.param(FusedSGD, {}, {4: {"lr": 0.5}, 8: {"lr": 0.0}, 9: {"lr": torch.tensor(0.1)}}, id="lr"),
     pytest.param(FusedSGD, {}, {4: {"momentum": 0.9}, 8: {"momentum": 0}, 10: {"momentum": 0.5}}, id="momentum"),

@@ -296,7 +296,7 @@ def test_mix_has_known_values():
 class Decision:
     """The small tensors of an operator's call on one parameter that has nothing to do."""
 
-    def __init__(self, backend, settings=(), ring=1, decay=(1.0,)):
+    def __init__(self, backend, settings=(), ring=1, decay=(1.0,) * 100):
         self.run = ops.backend_for(torch.device("cpu"), backend)
         self.control = torch.zeros(RING_AT + ring, dtype=torch.float64)
         self.control[[Control.FACTOR, Control.NEXT_FACTOR, Control.CLIP, Control.LENGTH]] = 1.0
@@ -498,3 +498,22 @@ def test_a_constant_signal_leaves_the_rate_alone(backend):
         optimizer.observe(0.25)
         optimizer.step()
     assert optimizer.history()["lr"].tolist() == [0.5] * 14
+
+
+@backends
+@pytest.mark.parametrize("total_steps", [12, 14], ids=["window-divides", "window-does-not-divide"])
+@pytest.mark.parametrize("last", [1.0, 0.3], ids=["no-decay", "decay"])
+def test_the_rate_stays_where_it_is_after_the_last_step(backend, total_steps, last):
+    """The last decision is the first at or after total_steps, however wild the signal goes on."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    decay = lrk.schedules.linear(total_steps, final=last)
+    schedule = lrk.schedules.volsched(total_steps, window=4, sensitivity=1.0, decay=decay)
+    optimizer = lrk.FusedSGD([p], lr=0.5, schedule=schedule, backend=backend)
+    for step in range(40):
+        p.grad = torch.ones(3)
+        optimizer.observe(0.1 + 0.05 * (step * step % 7))
+        optimizer.step()
+    rates = optimizer.history()["lr"]
+    end = -(-total_steps // 4) * 4
+    assert rates[end] != rates[end - 1]
+    assert (rates[end:] == rates[end]).all()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import lr_scheduler
 
+from lrkernels import FusedSGD
 from lrkernels import schedules as lrs
 from lrkernels.closed_loop import AlignmentSchedule, GalaSchedule, VolSchedule
 
@@ -552,6 +554,29 @@ ERRORS = {
         "total_steps must be a whole number, at least 1",
     ),
     "kappa nan": (lambda: lrs.alignment(kappa=math.nan), "kappa must be finite"),
+    "bias of minus infinity": (lambda: lrs.alignment(bias=-math.inf), "bias must be finite, got -inf"),
+    "kappa in words": (lambda: lrs.alignment(kappa="0.2"), "kappa must be finite and >= 0, got '0.2'"),
+    "frozen in mid-step": (
+        lambda: lrs.alignment(freeze_after=2.5),
+        "freeze_after must be a whole number, at least 0, got 2.5",
+    ),
+    "infinite floor": (lambda: lrs.gala(min_lr=math.inf), "need 0 <= min_lr <= max_lr, and min_lr finite"),
+    "no ceiling by None": (lambda: lrs.gala(max_lr=None), "need 0 <= min_lr <= max_lr"),
+    "half a window": (lambda: lrs.volsched(9, 2.5), "window must be a whole number, at least 2, got 2.5"),
+    "all warm-up": (lambda: lrs.volsched(9, warmup_steps=9), "total_steps must be a whole number, at least 10, got 9"),
+    "nan first rate": (
+        lambda: lrs.volsched(9, warmup_start=math.nan),
+        "warmup_start must be finite and >= 0, got nan",
+    ),
+    "calm lowers": (lambda: lrs.volsched(9, sensitivity=-0.1), "sensitivity must be finite and >= 0, got -0.1"),
+    "closed loop as decay": (
+        lambda: lrs.volsched(9, decay=lrs.product(double, lrs.alignment())),
+        "decay must be 'cosine' or an open-loop schedule",
+    ),
+    "decay without end": (
+        lambda: FusedSGD([nn.Parameter(torch.ones(1))], schedule=lrs.volsched(9, decay=lambda step: math.inf)),
+        "volsched's decay is inf at step 0; it must be finite and >= 0",
+    ),
 }
 
 

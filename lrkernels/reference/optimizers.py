@@ -282,6 +282,10 @@ class Reference(torch.optim.Optimizer):
     def _apply(self, work: list[tuple[Group, Tensor, Tensor]], decision: Decision) -> None:
         """APPLY: the update of every parameter; and what the next step compares with is kept."""
         move_sq = 0.0
+        keep = self._consecutive or any(self._direction_is_gradient(group) for group in self.param_groups)
+        if not keep:  # what was kept would be an older step's when it is needed again
+            for state in self.state.values():
+                state.pop("prev_grad", None)
         for group, p, g in work:
             point, before = p.detach().clone(), self._load(p).clone()
             u = -g if group["maximize"] else g
@@ -291,7 +295,7 @@ class Reference(torch.optim.Optimizer):
             move_sq += dot(change, change)
             if self._same_batch:
                 self.state[p]["prev_param"] = point
-            if self._consecutive or self._direction_is_gradient(group):
+            if keep:
                 self.state[p]["prev_grad"] = g.to(self._prev_grad or p.dtype, copy=True)
         self._move = math.sqrt(move_sq)
         self._completed += 1
@@ -375,6 +379,7 @@ class Reference(torch.optim.Optimizer):
             "skipped": self._skipped,
             "move": self._move,
             "last_gg": self._last_gg,
+            "signal": None if self._signal is None else float(self._signal),
         }
         if rule is not None:
             own["rule"] = {name: getattr(rule, name) for name in _state_names(rule)}
@@ -386,7 +391,7 @@ class Reference(torch.optim.Optimizer):
         if (own := state_dict.get("lrkernels")) is None:
             return
         self._completed, self._skipped = own["step"], own["skipped"]
-        self._move, self._last_gg = own["move"], own["last_gg"]
+        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own["signal"]
         learnt = own.get("rule", {})
         rule = self._make_rule(learnt.get("lr_0", 0.0))
         self._rule = rule if rule and learnt.keys() == _state_names(rule) else None

@@ -1,0 +1,197 @@
+"""Parameters spread over processes: the memory that the kernels get of them, and the sums over the whole model.
+
+Torch does the distributing. Here a ``DTensor`` becomes this process's part of it, and the packed sums are added up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .control import Controller
+from .layout import STATS, Control, Measure, Sum, Verb
+
+__all__ = ["Spread", "is_spread", "local", "same_spread", "spread_of", "version"]
+
+T = TypeVar("T", bound=Tensor | None)
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether it is a ``DTensor``; no model has one before somebody has imported their module, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """Return this process's part of a ``DTensor``, once it has arrived; anything else as it is."""
+    part = getattr(tensor, "_local_tensor", tensor)  # to_local() makes a view of a parameter, at 4 us each
+    return part if type(part) is Tensor or not hasattr(part, "wait") else part.wait()
+
+
+def version(tensor: Tensor) -> int:
+    """Return a count that rises when the tensor is changed in place, be it as a whole or in this process's part."""
+    return tensor._version if not is_spread(tensor) else tensor._version + local(tensor)._version
+
+
+def same_spread(a: Any, b: Any) -> bool:
+    """Whether two tensors of one shape have the same elements in this process."""
+    if not (is_spread(a) and is_spread(b)):
+        return is_spread(a) == is_spread(b)
+    return a.device_mesh == b.device_mesh and a.placements == b.placements
+
+
+def spread_of(params: list[Tensor], process_group: Any) -> Spread | None:
+    """Return how the parameters are spread, or None where this process has all of them."""
+    return Spread(params, process_group) if process_group is not None or any(map(is_spread, params)) else None
+
+
+class Spread:
+    """How one optimizer's parameters are spread over processes.
+
+    The sums run over the processes of the largest mesh, and then over ``process_group``. An element that several
+    processes of the mesh hold counts in one of them: where the coordinate of each replicated dimension is 0, on the
+    mesh that has the first process. A plain tensor beside ``DTensor`` s is on all of the mesh's processes.
+    """
+
+    def __init__(self, params: list[Any], process_group: Any) -> None:
+        self.at = [i for i, p in enumerate(params) if is_spread(p)]
+        self.groups: list[Any] = []  # one all-reduce over each
+        self.apart = ""  # why there can be none
+        self.counted = [True] * len(params)
+        ranks: set[int] = set()
+        if self.at:
+            meshes = {params[i].device_mesh: None for i in self.at}
+            members = {mesh: set(mesh.mesh.flatten().tolist()) for mesh in meshes}
+            ranks = self._sum_over(members)
+            self.counted = [self._counts(p, min(ranks), members) for p in params]
+        if process_group is not None:
+            both = sorted(ranks.intersection(dist.get_process_group_ranks(process_group)))
+            if len(both) > 1:
+                raise ValueError(
+                    f"lrkernels: process_group holds the ranks {both}, over which the DTensor parameters are summed "
+                    "already; leave it out, or give the group that holds the other parts of the model"
+                )
+            self.groups.append(process_group)
+
+    def _sum_over(self, members: dict[Any, set[int]]) -> set[int]:
+        """Find the groups that reach all of the largest mesh, and return its ranks."""
+        mesh = max(members, key=lambda mesh: mesh.size())
+        ranks = members[mesh]
+        apart = [sorted(others) for others in members.values() if not others <= ranks]
+        if apart or any(each.get_coordinate() is None for each in members):
+            self.apart = (
+                f"lrkernels: the parameters are DTensors on meshes of the ranks {sorted(ranks)} and "
+                f"{apart or 'without this process'}, and no mesh holds all of them, so nothing can be measured over "
+                "the whole model; put them on parts of one mesh, or make an optimizer for each"
+            )
+        elif mesh.size() > 1 and mesh.ndim == 1:
+            self.groups = [mesh.get_group()]
+        elif mesh.size() > 1:  # torch has no group for all of a mesh's processes, but for all there are
+            whole = mesh.size() == dist.get_world_size()
+            self.groups = [dist.group.WORLD] if whole else list(mesh.get_all_groups())
+        return ranks
+
+    def _counts(self, p: Any, first: int, members: dict[Any, set[int]]) -> bool:
+        """Whether this process is the one that counts the parameter's elements."""
+        if not is_spread(p):
+            return dist.get_rank() == first
+        mesh = p.device_mesh
+        if self.apart or first not in members[mesh]:
+            return False
+        coordinates = zip(mesh.get_coordinate(), p.placements, strict=True)
+        return all(at == 0 for at, placement in coordinates if placement.is_replicate())
+
+    # -- what the kernels get -----------------------------------------------------------------------------------------
+
+    def parts(self, tensors: Sequence[T]) -> list[T]:
+        """Return the parameters' tensors as this process has them."""
+        parts = list(tensors)
+        for i in self.at:
+            parts[i] = local(parts[i])
+        return parts
+
+    def states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the parameters' states as this process has them."""
+        parts = list(states)
+        for i in self.at:
+            parts[i] = {key: local(value) for key, value in parts[i].items()}
+        return parts
+
+    def aligned(self, params: list[Any], grads: Sequence[Any]) -> list[Any]:
+        """Return the gradients spread as their parameters are; a gradient that is still partial is reduced first."""
+        aligned = list(grads)
+        for i in self.at:
+            p, grad = params[i], aligned[i]
+            if grad is None:
+                continue
+            if not is_spread(grad) or grad.device_mesh != p.device_mesh:
+                raise ValueError(
+                    f"lrkernels: the gradient of parameter {i}, of shape {tuple(p.shape)}, is "
+                    f"{f'on {grad.device_mesh}' if is_spread(grad) else 'a plain tensor'}, the parameter a DTensor on "
+                    f"{p.device_mesh}; make it one on the same mesh (torch.distributed.tensor.distribute_tensor)"
+                )
+            if grad.placements != p.placements:
+                aligned[i] = grad.redistribute(placements=p.placements)
+        return aligned
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self, call: Callable[..., None], grads: list[Tensor | None], controller: Controller, measure: int, verdict: bool
+    ) -> None:
+        """Measure, add up over the processes, decide and apply.
+
+        Args:
+            call: runs verbs on gradients, with another control tensor and history if told so.
+            grads: the gradients as this process has them.
+            controller: its control tensor takes the sums.
+            measure: what is measured.
+            verdict: whether a gradient scaler has one, which may differ between the processes.
+        """
+        if measure and self.apart:
+            raise RuntimeError(self.apart)
+        if not self.groups or not (measure or verdict):
+            return call(Verb.STEP, grads)
+        mine = [grad if counts and measure else None for grad, counts in zip(grads, self.counted, strict=True)]
+        theirs = [None if counts else grad for grad, counts in zip(grads, self.counted, strict=True)]
+        shared = any(grad is not None for grad in theirs)
+        if shared:
+            call(Verb(0), theirs)  # nothing but the checks: no process may fail after the others have gone on
+        call(Verb.MEASURE, mine)
+        control, sums = controller.control, controller.sums
+        packed = torch.cat([sums, control[Control.SKIP : Control.SKIP + 1]])
+        self._add_up(packed)
+        sums.copy_(packed[: len(Sum)])
+        control[Control.SKIP] = (packed[-1] != 0).double()
+        if not measure & Measure.MOVE:
+            return call(Verb.DECIDE | Verb.APPLY, grads)
+        last_move = control[Control.LAST_MOVE_SQ].clone()
+        if shared:  # moves that are added up elsewhere, in a step that is counted below
+            call(Verb.DECIDE, mine)
+            call(Verb.APPLY, theirs, control.clone(), controller.history.new_empty(1, len(STATS)))
+            call(Verb.APPLY, mine)
+        else:
+            call(Verb.DECIDE | Verb.APPLY, grads)
+        move = sums[Sum.MOVE_SQ : Sum.MOVE_SQ + 1]
+        self._add_up(move)
+        control[Control.LAST_MOVE_SQ] = torch.where(control[Control.SKIP] != 0, last_move, move[0])
+        return None
+
+    def raise_versions(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Let a backward pass that still needs the old values find out, for the ``DTensor`` s around the parts."""
+        torch.autograd.graph.increment_version([params[i] for i in self.at if grads[i] is not None])
+
+    def _add_up(self, values: Tensor) -> None:
+        for group in self.groups:
+            dist.all_reduce(values, group=group)
+
+    def agree(self, condition: bool, device: torch.device) -> bool:
+        """Whether it holds in all the processes."""
+        votes = torch.tensor(float(not condition), dtype=torch.float64, device=device)
+        self._add_up(votes)
+        return float(votes) == 0.0

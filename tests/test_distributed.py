@@ -1,0 +1,838 @@
+"""Several processes on gloo against one: DDP, FSDP2, tensor parallel, ZeRO, hand-made sharding, and their checkpoints.
+
+A case is a function that every process of a world runs. All cases of a world run in one set of processes, each in a
+process group of its own; a test reads what its case raised.
+"""
+
+import contextlib
+import datetime
+import functools
+import math
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_close, assert_same_bits, bits, gradients, parameters
+from torch import nn
+
+from lrkernels import FusedAdamW, FusedSGD, schedules
+from lrkernels.layout import Control
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+STEPS = 4
+KINDS = {
+    "sgd": (FusedSGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "adamw": (FusedAdamW, {"lr": 0.01}),
+}
+MODES = {
+    "plain": {},
+    "linear": {"schedule": schedules.linear(20)},
+    "clip": {"max_grad_norm": 0.05, "track": "grad_norm_l1"},
+    "alignment-lag0": {"schedule": schedules.alignment(kappa=0.3, lag=0)},
+    "alignment-lag1": {"schedule": schedules.alignment(kappa=0.3, bias=0.05)},
+    "gala": {"schedule": schedules.gala(delta=0.1, max_lr=1.0, mode="consecutive"), "max_grad_norm": 0.5},
+    "track": {"track": ("alignment", "direction")},
+    "track-swap": {"track": ("alignment", "direction"), "prev_grad": "swap"},
+}
+LOW_PRECISION = {
+    "master_weights": {"master_weights": True, "max_grad_norm": 0.5, "state_dtype": torch.float32},
+    "skip_nonfinite": {"skip_nonfinite": True, "track": "alignment", "prev_grad": "swap"},
+    "stochastic_rounding": {"stochastic_rounding": True, "schedule": schedules.alignment(kappa=0.3)},
+}
+MODES |= LOW_PRECISION
+EVERY = [("sgd", mode) for mode in MODES if mode not in LOW_PRECISION] + [
+    ("adamw", mode) for mode in ("clip", "alignment-lag1", "gala", "track")
+]
+SOME = [("sgd", "clip"), ("sgd", "track-swap"), ("adamw", "alignment-lag0"), ("adamw", "gala")]
+CASES = {2: {}, 4: {}}
+
+
+def case(*worlds):
+    def add(function):
+        for world in worlds:
+            CASES[world][function.__name__] = function
+        return function
+
+    return add
+
+
+# ---- The processes ----
+
+
+def work(rank, world, names, folder):
+    torch.set_num_threads(1)
+    from torch.distributed import tensor  # noqa: F401
+
+    failures = {}
+    for name in names:
+        torch.manual_seed(0)
+        method = f"file://{folder}/{world}-{name}"
+        timeout = datetime.timedelta(seconds=60)
+        try:
+            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
+            CASES[world][name](folder)
+        except BaseException:
+            failures[name] = f"rank {rank}: {traceback.format_exc()}"
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+    torch.save(failures, f"{folder}/{world}-failures-{rank}")
+
+
+@pytest.fixture(scope="session")
+def failures(request, tmp_path_factory):
+    """Run a world's cases, of those that pytest has selected, once; return each one's tracebacks."""
+    done = {}
+
+    def run(world):
+        if world not in done:
+            folder = tmp_path_factory.mktemp(f"world{world}")
+            chosen = [getattr(item, "callspec", None) for item in request.session.items]
+            chosen = [c.params for c in chosen if c and c.params.get("world") == world]
+            names = [params["name"] for params in chosen]
+            torch.multiprocessing.spawn(work, (world, names, str(folder)), nprocs=world)
+            ranks = [torch.load(folder / f"{world}-failures-{rank}") for rank in range(world)]
+            done[world] = {name: "".join(r.get(name, "") for r in ranks) for name in names}
+        return done[world]
+
+    return run
+
+
+def rows():
+    return [pytest.param(world, name, id=f"{world}-{name}") for world, cases in CASES.items() for name in cases]
+
+
+# ---- The pieces ----
+
+
+class Net(nn.Module):
+    """Sizes that no number of processes divides, and a parameter smaller than four processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 10, dtype=torch.float64)
+        self.norm = nn.LayerNorm(10, dtype=torch.float64)
+        self.second = nn.Linear(10, 3, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.full((1,), 1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x).tanh())) * self.scale
+
+
+def batches(steps=STEPS):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        yield (torch.randn(8, 6, generator=generator).double(), torch.randn(8, 3, generator=generator).double())
+
+
+def loss_of(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def mine(batch, group=None):
+    """This process's part of the batch."""
+    return [part.chunk(dist.get_world_size(group))[dist.get_rank(group)] for part in batch]
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def new_net():
+    torch.manual_seed(1)
+    return Net()
+
+
+def assert_same_everywhere(tensor):
+    """The same bits in all the processes."""
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    for other in gathered:
+        assert bits(other) == bits(tensor), f"{other.tolist()} is not {tensor.tolist()}"
+
+
+def assert_same_decisions(optimizer, alone):
+    """All processes have decided the same, bit for bit, and what one process alone decides."""
+    assert_same_everywhere(optimizer._controller.control)
+    got, want = optimizer.history(), alone.history()
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        assert len(values), "no steps"
+        torch.testing.assert_close(
+            torch.tensor(got[name]), torch.tensor(values), rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def compare(build, batch_of=mine, optimizers=EVERY, **more):
+    """Train with each optimizer, and one process alone beside it.
+
+    Args:
+        build: makes of a model the one that is spread, and the optimizer's parameters.
+        batch_of: the part of the batch that this process trains on.
+        optimizers: rows of ``KINDS`` and ``MODES``.
+        more: arguments of the spread optimizer.
+    """
+    for name, mode in optimizers:
+        kind, options = KINDS[name]
+        model, params = build(new_net())
+        optimizer = kind(params, **options, **MODES[mode], **more)
+        net = new_net()
+        alone = kind(net.parameters(), **options, **MODES[mode])
+        for batch in batches():
+            loss_of(model, *batch_of(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_of(net, *batch).backward()
+            alone.step()
+            alone.zero_grad()
+        assert_same_decisions(optimizer, alone)
+        assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
+
+
+def the_same(batch):
+    return batch
+
+
+def mesh_of(*shape, names=None):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+# ---- Models in training ----
+
+
+@case(2)
+def ddp(folder):
+    def build(net):
+        model = nn.parallel.DistributedDataParallel(net)
+        return model, model.parameters()
+
+    compare(build)
+
+
+def fully_sharded(net, **more):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(net.first, **more)
+    return fully_shard(net, **more)
+
+
+@case(2)
+def fsdp2(folder):
+    compare(lambda net: (fully_sharded(net), net.parameters()))
+
+
+@case(4)
+def fsdp2_with_empty_parts(folder):
+    compare(lambda net: (fully_sharded(net), net.parameters()), optimizers=SOME)
+
+
+@case(4)
+def hsdp(folder):
+    mesh = mesh_of(2, 2, names=("replicate", "shard"))
+    compare(lambda net: (fully_sharded(net, mesh=mesh), net.parameters()), optimizers=SOME)
+
+
+def tensor_parallel(net, mesh):
+    """Split the matrices; the norm's gradients come out partial, and ``scale`` stays a plain tensor."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    plan = {
+        "first": ColwiseParallel(output_layouts=Shard(0)),
+        "norm": SequenceParallel(sequence_dim=0, use_local_output=False),
+        "second": RowwiseParallel(input_layouts=Shard(0), output_layouts=Replicate()),
+    }
+    return parallelize_module(net, mesh, plan)
+
+
+@case(2)
+def tensor_parallel_beside_plain_tensors(folder):
+    mesh = mesh_of(2)
+    compare(lambda net: (tensor_parallel(net, mesh), net.parameters()), the_same)
+
+
+@case(4)
+def fsdp2_over_tensor_parallel(folder):
+    """``scale`` is on the mesh's first dimension only, the others on both."""
+    mesh = mesh_of(2, 2, names=("data", "tensor"))
+
+    def build(net):
+        tensor_parallel(net, mesh["tensor"])
+        return fully_sharded(net, mesh=mesh["data"]), net.parameters()
+
+    compare(build, functools.partial(mine, group=mesh["data"].get_group()), SOME)
+
+
+@case(2)
+def gala_on_the_same_batch(folder):
+    """Also with a checkpoint on the way, which has the point before."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def step(model, optimizer, batch):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model, *batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    for name in KINDS:
+        kind, options = KINDS[name]
+        model, net = fully_sharded(new_net()), new_net()
+        schedule = schedules.gala(delta=0.1, max_lr=1.0, mode="same_batch")
+        optimizer, alone = (kind(m.parameters(), **options, schedule=schedule) for m in (model, net))
+        for i, batch in enumerate(batches()):
+            if i == 2:
+                dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=f"{folder}/same-batch-{name}")
+                optimizer.zero_grad()  # torch makes states only where there are no gradients
+                optimizer = kind(model.parameters(), **options | {"lr": 99.0}, schedule=schedule)
+                state = get_optimizer_state_dict(model, optimizer)
+                dcp.load(state, checkpoint_id=f"{folder}/same-batch-{name}")
+                set_optimizer_state_dict(model, optimizer, state)
+                alone.load_state_dict(alone.state_dict())  # its history begins anew too
+            step(model, optimizer, mine(batch))
+            step(net, alone, batch)
+        assert_same_decisions(optimizer, alone)
+        assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
+
+
+@case(2)
+def accumulation(folder):
+    """Two batches a step, the first without communication: ``no_sync``, and FSDP2's way to say it."""
+
+    def in_ddp(net):
+        model = nn.parallel.DistributedDataParallel(net)
+        return model, model.no_sync
+
+    def in_fsdp2(net):
+        model = fully_sharded(net)
+
+        @contextlib.contextmanager
+        def no_sync():
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+
+        return model, no_sync
+
+    for build in (in_ddp, in_fsdp2):
+        for name, mode in SOME:
+            kind, options = KINDS[name]
+            net = new_net()
+            model, no_sync = build(new_net())
+            optimizer, alone = (kind(m.parameters(), **options, **MODES[mode]) for m in (model, net))
+            pairs = list(batches(8))
+            for first, second in zip(pairs[::2], pairs[1::2], strict=True):
+                with no_sync():
+                    loss_of(model, *mine(first)).backward()
+                loss_of(model, *mine(second)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                (loss_of(net, *first) + loss_of(net, *second)).backward()
+                alone.step()
+                alone.zero_grad()
+            assert_same_decisions(optimizer, alone)
+            assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
+
+
+@case(2)
+def ddp_s_own_buckets_are_no_place_to_keep_a_gradient(folder):
+    """The next backward pass writes into them: an error by name with "swap", right with "store"."""
+    kind, options = KINDS["sgd"]
+    nets = [new_net() for _ in range(2)]
+    models = [nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True) for net in nets]
+    store, swap = (
+        kind(m.parameters(), **options, track="alignment", prev_grad=how)
+        for m, how in zip(models, ("store", "swap"), strict=True)
+    )
+    alone_net = new_net()
+    alone = kind(alone_net.parameters(), **options, track="alignment")
+    refused = 0
+    for batch in batches(6):  # torch makes the buckets anew for the second
+        for model, optimizer, part in ((*z, mine(batch)) for z in zip(models, (store, swap), strict=True)):
+            loss_of(model, *part).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                assert "prev_grad='swap'" in str(error) and "gradient_as_bucket_view" in str(error)
+                assert optimizer is swap
+                assert_same_bits(list(model.parameters()), before)
+                refused += 1
+            optimizer.zero_grad()
+        loss_of(alone_net, *batch).backward()
+        alone.step()
+        alone.zero_grad()
+    assert refused == 2  # the third and the fifth: a step after an error goes on without the lost one
+    assert_same_decisions(store, alone)
+    assert_close(list(nets[0].parameters()), list(alone_net.parameters()), rtol=1e-9, atol=1e-12)
+
+
+# ---- Gradients by hand: the same bits ----
+
+SHAPES = [(7, 3), (5,), (1,), (9, 2), (4, 4)]
+
+
+def spread(x, mesh, placements):
+    """A DTensor from what every process has; where it is partial, its parts are equal, and their sum has x's bits."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    partial = [placement.is_partial() for placement in placements]
+    whole = [Replicate() if p else placement for p, placement in zip(partial, placements, strict=True)]
+    part = distribute_tensor(x.clone(), mesh, whole, src_data_rank=None).to_local()
+    part = part / math.prod(size for p, size in zip(partial, mesh.shape, strict=True) if p)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, i: True, found_inf=None, half=False):
+    """Train on gradients given by hand; each process has its part of them.
+
+    Args:
+        layouts: for each of ``SHAPES`` a mesh, its placements and those of its gradient; or None for a plain tensor;
+            or False where this process does not have it.
+        optimizers: rows of ``KINDS`` and ``MODES``.
+        process_group: the optimizer's own.
+        present: whether a parameter has a gradient at a step.
+        found_inf: for each step, a gradient scaler's verdict in this process and what all should find.
+        half: bfloat16 parameters, and an infinity in the gradient's first element at the second step.
+    """
+
+    def placed(x, layout, which):
+        return x.clone() if layout is None else spread(x, layout[0], layout[which])
+
+    for name, mode in optimizers:
+        kind, options = KINDS[name]
+        dtype = torch.bfloat16 if half else torch.float32
+        values, rows = parameters(SHAPES, dtype), gradients(SHAPES, STEPS, dtype)
+        if half and mode == "skip_nonfinite":
+            rows[1][0].view(-1)[0] = math.inf
+        mine = [i for i, layout in enumerate(layouts) if layout is not False]
+        params = {i: nn.Parameter(placed(values[i].detach(), layouts[i], 1)) for i in mine}
+        groups = [{"params": [params[i] for i in mine if i % 2 == k], "lr": options["lr"] / (k + 1)} for k in (0, 1)]
+        optimizer = kind(groups, **options, **MODES[mode], process_group=process_group)
+        alone = kind(
+            [{"params": values[k::2], "lr": options["lr"] / (k + 1)} for k in (0, 1)], **options, **MODES[mode]
+        )
+        for step, row in enumerate(rows):
+            for i, grad in enumerate(row):
+                values[i].grad = grad if present(step, i) else None
+                if i in params:
+                    params[i].grad = placed(grad, layouts[i], 2) if present(step, i) else None
+            if found_inf is not None:
+                optimizer.found_inf, alone.found_inf = (torch.tensor(float(x)) for x in found_inf[step])
+            versions = [p._version for p in params.values()]
+            optimizer.step()
+            alone.step()
+            raised = [p._version > v for p, v in zip(params.values(), versions, strict=True)]
+            assert raised == [present(step, i) for i in mine]
+        assert_same_decisions(optimizer, alone)
+        got = [full(p) for p in params.values()]
+        if not half and ("schedule" in MODES[mode] or "max_grad_norm" in MODES[mode]):
+            assert_close(got, [values[i] for i in mine], rtol=2e-7, atol=0)  # a rate or clip that is rounded otherwise
+        else:
+            assert_same_bits(got, [values[i] for i in mine])
+        for i, p in params.items():
+            entry = optimizer.state[p]
+            assert all(type(x) is type(p.data) for key, x in entry.items() if key != "step"), "a state of another kind"
+            assert_close(
+                [full(x) for x in entry.values()], list(alone.state[values[i]].values()), rtol=2e-7, atol=1e-12
+            )
+
+
+@case(2)
+def placements(folder):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh = mesh_of(2)
+    whole, rows, columns = [Replicate()], [Shard(0)], [Shard(1)]
+    by_hand([(mesh, columns, columns), (mesh, rows, rows), None, (mesh, whole, whole), (mesh, whole, [Partial()])])
+    missing = lambda step, i: step % 2 == 0 or i != 1  # noqa: E731
+    by_hand([(mesh, rows, rows)] * 5, present=missing)
+    by_hand([(mesh, whole, whole)] * 5, SOME)
+    verdicts = [(dist.get_rank() == 1 and step == 1, step == 1) for step in range(STEPS)]
+    by_hand([(mesh, rows, rows), None, None, (mesh, whole, whole), (mesh, rows, rows)], found_inf=verdicts)
+
+
+@case(2)
+def low_precision(folder):
+    """Stochastic rounding draws by the element's place in its process: the same bits where parameters are whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(2)
+    whole, rows = (mesh, [Replicate()], [Replicate()]), (mesh, [Shard(0)], [Shard(0)])
+    optimizers = [(kind, mode) for kind in KINDS for mode in ("master_weights", "skip_nonfinite")]
+    by_hand([rows, whole, None, rows, rows], optimizers, half=True)
+    by_hand([whole, whole, None, whole, None], [(kind, "stochastic_rounding") for kind in KINDS], half=True)
+
+
+@case(4)
+def placements_on_parts_of_a_mesh(folder):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh = mesh_of(2, 2, names=("a", "b"))
+    both, first, second = [Shard(0), Shard(1)], [Shard(0), Replicate()], [Replicate(), Shard(0)]
+    by_hand(
+        [
+            (mesh, both, [Shard(0), Partial()]),
+            (mesh["a"], [Shard(0)], [Shard(0)]),
+            None,
+            (mesh["b"], [Replicate()], [Partial()]),
+            (mesh, second, second),
+        ]
+    )
+    by_hand([(mesh, first, first), None, (mesh, [Replicate()] * 2, [Replicate()] * 2), None, None], SOME)
+
+
+@case(4)
+def a_mesh_that_is_not_all_processes(folder):
+    """Stages with sharded parameters of their own, on a mesh of two dimensions each where there are eight processes."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(2, 2, 1, names=("stage", "shard", "one"))
+    of_stage = mesh["shard", "one"]
+    stage = mesh.get_local_rank("stage")
+    rows, whole = [Shard(0), Replicate()], [Replicate()] * 2
+    layouts = [(of_stage, rows, rows), (of_stage, whole, whole), (of_stage, rows, rows), None, (of_stage, rows, rows)]
+    of_this = [layout if stage == int(i >= 2) else False for i, layout in enumerate(layouts)]
+    by_hand(of_this, process_group=mesh["stage"].get_group())
+
+
+@case(2, 4)
+def process_group(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    split = [None if i % (world - 1) == rank else False for i in range(5)]  # the last process has none
+    group = dist.group.WORLD
+    by_hand(split, process_group=group)
+    by_hand(split, SOME, group, present=lambda step, i: i % (world - 1) != 0 or step != 1 or world == 2)
+    verdicts = [(rank == 0 and step == 2, step == 2) for step in range(STEPS)]
+    by_hand(split, process_group=group, found_inf=verdicts)
+
+
+# ---- ZeRO ----
+
+
+@case(2)
+def zero(folder):
+    """Trained, consolidated, saved, loaded into a new one and trained on: the same bits as without a break."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def new(kind, options, mode):
+        model = nn.parallel.DistributedDataParallel(new_net())
+        local = functools.partial(kind, **mode, process_group=dist.group.WORLD)
+        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=local, **options)
+
+    def train(model, optimizer, rows):
+        for batch in rows:
+            loss_of(model, *mine(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for name, mode in [("sgd", "clip"), ("sgd", "linear"), ("sgd", "alignment-lag1"), ("adamw", "gala")]:
+        kind, options = KINDS[name]
+        model, optimizer = new(kind, options, MODES[mode])
+        rows = list(batches(6))
+        train(model, optimizer, rows[:3])
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            torch.save([model.state_dict(), optimizer.state_dict()], f"{folder}/zero-{name}-{mode}")
+        dist.barrier()
+        of_model, of_optimizer = torch.load(f"{folder}/zero-{name}-{mode}", weights_only=True)
+        resumed_model, resumed = new(kind, {**options, "lr": 99.0}, MODES[mode])
+        resumed_model.load_state_dict(of_model)
+        resumed.load_state_dict(of_optimizer)
+        train(model, optimizer, rows[3:])
+        train(resumed_model, resumed, rows[3:])
+        net = new_net()
+        alone = kind(net.parameters(), **options, **MODES[mode])
+        train(net, alone, [])
+        for batch in rows:
+            loss_of(net, *batch).backward()
+            alone.step()
+            alone.zero_grad()
+        assert_same_decisions(optimizer.optim, alone)
+        assert_same_everywhere(resumed.optim._controller.control)
+        assert_close(list(model.parameters()), list(net.parameters()), rtol=1e-9, atol=1e-12)
+        assert_same_bits(list(resumed_model.parameters()), list(model.parameters()))
+        for key, values in resumed.optim.history().items():
+            assert values.tolist() == optimizer.optim.history()[key][3:].tolist()
+
+
+# ---- Checkpoints ----
+
+
+class Run:
+    """A model and its optimizer on a mesh, or in one process alone; gradients come by hand."""
+
+    def __init__(self, kind, options, mode, mesh=None, flatten=False, sharded=True):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+        self.net, self.mesh = new_net(), mesh
+        if mesh is not None:
+            fully_sharded(self.net, mesh=mesh)
+        self.optimizer = kind(self.net.parameters(), **options, **mode)
+        self.options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        alone = mesh is None or mesh.size() == 1
+        self.where = {"no_dist": True} if alone else {"process_group": mesh.get_group()}
+
+    def train(self, steps):
+        shapes = [p.shape for p in self.net.parameters()]
+        for row in gradients(shapes, 12, torch.float64)[steps]:
+            for p, grad in zip(self.net.parameters(), row, strict=True):
+                p.grad = grad if self.mesh is None else spread(grad, p.device_mesh, p.placements)
+            self.optimizer.step()
+        return self
+
+    def state(self):
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+        of_optimizer = get_optimizer_state_dict(self.net, self.optimizer, options=self.options)
+        return {"model": get_model_state_dict(self.net), "optimizer": of_optimizer}
+
+    def save(self, path):
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(self.state(), checkpoint_id=path, **self.where)
+        return path
+
+    def load(self, path):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+        state = self.state()
+        dcp.load(state, checkpoint_id=path, **self.where)
+        set_model_state_dict(self.net, state["model"])
+        set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"], options=self.options)
+        return self
+
+    def everything(self):
+        states = [self.optimizer.state[p] for p in self.net.parameters()]
+        states = [{key: full(value) for key, value in state.items()} for state in states]
+        control = self.optimizer._controller.control.clone()
+        control[Control.ROWS] = 0  # the history begins anew
+        return [[full(p) for p in self.net.parameters()], states, control[: Control.SIGNAL]]
+
+
+CHECKPOINTS = [
+    ("sgd", "alignment-lag1", False),
+    ("sgd", "gala", True),
+    ("sgd", "linear", True),
+    ("adamw", "gala", False),
+    ("adamw", "track-swap", False),
+    ("adamw", "track", True),
+]
+
+
+@case(4)
+def checkpoints_on_four_two_one_and_four_processes(folder):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    rank, four, two = dist.get_rank(), mesh_of(4), DeviceMesh("cpu", [0, 1])
+    for name, mode, flatten in CHECKPOINTS:
+        kind, options = KINDS[name]
+        options = options | ({"dampening": 0.5} if name == "sgd" else {})
+        path = f"{folder}/{name}-{mode}"
+        new = functools.partial(Run, kind, options, MODES[mode], flatten=flatten)
+        alone = new().train(slice(12))
+        first = new(four).train(slice(3))
+        path = first.save(f"{path}-first")
+        same = new(four).load(path)
+        assert_same_bits(same.everything()[0], first.everything()[0])
+        assert_same_bits(same.train(slice(3, 6)).everything(), first.train(slice(3, 6)).everything())
+        if rank < 2:
+            path2 = new(two).load(path).train(slice(3, 6)).save(f"{path}-two")
+        if rank == 0:
+            path1 = new().load(path2).train(slice(6, 9)).save(f"{path}-one")
+        dist.barrier()
+        path1 = f"{path}-one"
+        last = new(four).load(path1).train(slice(9, 12))
+        assert_same_everywhere(last.optimizer._controller.control)
+        for key, values in last.optimizer.history().items():
+            want = alone.optimizer.history()[key][-3:]
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(want), rtol=1e-8, atol=1e-12)
+        got, want = last.everything(), alone.everything()
+        assert_close(got[:2], want[:2], rtol=1e-9, atol=1e-12)
+        assert_close(got[2], want[2], rtol=1e-8)
+
+
+@case(2)
+def a_checkpoint_before_the_first_step_and_a_whole_one(folder):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    mesh = mesh_of(2)
+    for name, mode, flatten in CHECKPOINTS:
+        kind, options = KINDS[name]
+        new = functools.partial(Run, kind, options, MODES[mode], mesh, flatten=flatten)
+        untouched, asked = new(), new()
+        saved = asked.state()
+        assert asked.optimizer._controller.is_new and len(asked.optimizer.history()["step"]) == 0
+        assert_same_bits(untouched.train(slice(4)).everything(), asked.train(slice(4)).everything())
+        assert saved["optimizer"], "nothing to load into"
+        early = new()
+        early.load(new().save(f"{folder}/early-{name}-{mode}"))
+        assert_close(early.train(slice(4)).everything()[0], asked.everything()[0], rtol=1e-12)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        everything = get_optimizer_state_dict(asked.net, asked.optimizer, options=whole)
+        assert bool(everything) == (dist.get_rank() == 0)
+        from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        resumed = new()
+        with torch.no_grad():
+            for p, q in zip(resumed.net.parameters(), asked.net.parameters(), strict=True):
+                p.copy_(q)
+        set_optimizer_state_dict(resumed.net, resumed.optimizer, everything, options=from_rank_0)
+        assert_same_bits(resumed.train(slice(4, 8)).everything(), asked.train(slice(4, 8)).everything())
+
+
+# ---- Refusals and faults ----
+
+
+@contextlib.contextmanager
+def refused(kind, message, optimizer):
+    """It raises by that message, and changes neither parameters nor states nor what was decided."""
+
+    def everything():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [[full(x) for x in optimizer.state.get(p, {}).values()] for p in params]
+        return bits([[full(p) for p in params], states, optimizer._controller.control[: Control.FACTOR]])
+
+    before = everything()
+    with pytest.raises(kind, match=message):
+        yield
+    assert everything() == before
+
+
+@case(2)
+def refusals(folder):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, rows = mesh_of(2), [Shard(0)]
+    p = nn.Parameter(spread(torch.randn(6, 2), mesh, rows))
+    p.grad = spread(torch.randn(6, 2), mesh, rows)
+
+    doubled = FusedSGD([p], process_group=dist.group.WORLD, max_grad_norm=1.0)
+    with refused(ValueError, r"^lrkernels: process_group holds the ranks \[0, 1\], over which", doubled):
+        doubled.step()
+
+    alone = nn.Parameter(torch.randn(6, 2))
+    alone.grad = torch.randn(6, 2)
+    trained = FusedSGD([alone], momentum=0.9)
+    trained.step()
+    spread_out = FusedSGD([p], momentum=0.9)
+    spread_out.step()
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", spread_out):
+        spread_out.load_state_dict(trained.state_dict())
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", trained):
+        trained.load_state_dict(spread_out.state_dict())
+    q = nn.Parameter(spread(torch.randn(6, 2), mesh, [Replicate()]))
+    q.grad = torch.zeros_like(q)
+    replicated = FusedSGD([q], momentum=0.9)
+    replicated.step()
+    with refused(ValueError, "^lrkernels: the checkpoint's momentum_buffer of parameter 0 .* not spread", replicated):
+        replicated.load_state_dict(spread_out.state_dict())
+
+    for change in (lambda grad: grad.add_(1), lambda grad: grad.to_local().add_(1)):
+        swapping = FusedSGD([p], track="alignment", prev_grad="swap")
+        swapping.step()
+        with torch.no_grad():
+            change(p.grad)
+        with refused(RuntimeError, "^lrkernels: prev_grad='swap' keeps each gradient until the next step", swapping):
+            swapping.step()
+
+    mirrored = DeviceMesh("cpu", [1, 0])
+    q.grad = None
+    q.grad = spread(torch.randn(6, 2), mirrored, [Replicate()])
+    with refused(ValueError, r"^lrkernels: the gradient of parameter 0, of shape \(6, 2\), is on Device", replicated):
+        replicated.step()
+
+
+@case(4)
+def meshes_that_have_no_whole(folder):
+    """Sums over all of it cannot be had, and plain steps need none."""
+    from torch.distributed.tensor import Shard
+
+    mesh = mesh_of(2, 2, names=("a", "b"))
+    params = [nn.Parameter(spread(torch.randn(6, 2), mesh[name], [Shard(0)])) for name in ("a", "b")]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    clipping = FusedSGD(params, max_grad_norm=1.0)
+    with refused(RuntimeError, "^lrkernels: the parameters are DTensors on meshes of the ranks", clipping):
+        clipping.step()
+    before = [full(p).clone() for p in params]
+    FusedSGD(params, lr=0.5).step()
+    assert_same_bits([full(p) for p in params], [x - 0.5 for x in before])
+
+
+@case(2)
+def a_process_that_is_lost(folder):
+    """Torch's own error, soon, and the parameters as they were; then training goes on."""
+    quick = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    p = nn.Parameter(torch.randn(6, 2))
+    optimizer = FusedSGD([p], lr=0.5, momentum=0.9, track="alignment", process_group=quick)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        store.wait(["done"])
+        return
+    before = bits([p, optimizer.state_dict()["state"], optimizer.stats])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert not str(caught.value).startswith("lrkernels:"), caught.value
+    assert time.monotonic() - start < 30
+    store.set("done", "")
+    assert bits([p, optimizer.state_dict()["state"], optimizer.stats]) == before
+    assert len(optimizer.history()["step"]) == 1
+
+
+@case(2)
+def a_gradient_scaler_finds_infinity_in_one_process(folder):
+    for unscale in (False, True):
+        for name, mode in SOME:
+            kind, options = KINDS[name]
+            model, net = fully_sharded(new_net()), new_net()
+            optimizers = [kind(m.parameters(), **options, **MODES[mode]) for m in (model, net)]
+            scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in optimizers]
+            for step, batch in enumerate(batches(5)):
+                for m, part, optimizer, scaler in zip(
+                    (model, net), (mine(batch), batch), optimizers, scalers, strict=True
+                ):
+                    scaler.scale(loss_of(m, *part)).backward()
+                    if step in (0, 3):
+                        grad = m.first.weight.grad
+                        if m is net:
+                            grad[-1] = math.inf
+                        elif dist.get_rank() == 1:
+                            grad.to_local()[-1] = math.inf
+                    if unscale:
+                        scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+            assert_same_decisions(*optimizers)
+            assert float(optimizers[0].stats["skipped"]) == 2
+            assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
+
+
+# ---- The test ----
+
+
+@pytest.mark.parametrize(("world", "name"), rows())
+def test_several_processes(world, name, failures):
+    found = failures(world)[name]
+    assert not found, found
