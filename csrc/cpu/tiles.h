@@ -182,11 +182,11 @@ struct Sums {
   }
 };
 
-// A block past the caches, for it is not read again soon: the target is written without being read first.
+// A block, past the caches if it is not read again soon: the target is written without being read first.
 template <class T>
-inline void stream(T* target, const T* source) {
+inline void copy(T* target, const T* source, [[maybe_unused]] bool past_caches) {
 #if defined(LRK_AVX2)
-  if (reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
+  if (past_caches && reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
     for (size_t i = 0; i < kBlock * sizeof(T) / sizeof(__m256i); ++i)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i,
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source) + i));
@@ -218,9 +218,10 @@ struct Tile {
   T* states[kStates];
   const T* direction;  // where it is there already
   AdamWDirection<T> moved;
-  bool directed;  // whether it is measured
-  const T* prev;  // null: not measured
-  T* prev_write;  // null: nothing is kept, or not here
+  bool directed;     // whether it is measured
+  const T* prev;     // null: not measured
+  T* prev_write;     // null: nothing is kept, or not here
+  bool past_caches;  // how it is kept
   int size;
 };
 
@@ -262,7 +263,7 @@ void run_tile(const Tile<T>& at, const StepRule& step, T scaled, bool measuring,
         }
         if (!applying) continue;
         for (int j = i; j < end; j += kBlock) {
-          if (tile.prev_write) stream(tile.prev_write + j, tile.grad + j);
+          if (tile.prev_write) copy(tile.prev_write + j, tile.grad + j, tile.past_caches);
           T before[kBlock];
           if (moving) std::memcpy(before, tile.param + j, sizeof before);
           apply(rule, tile.param + j, tile.grad + j, scale, tile.states[0] + j, tile.states[1] + j, tile.states[2] + j);
@@ -303,6 +304,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const bool half = row.param_dtype == kBFloat16 || row.param_dtype == kFloat16;
   const bool at_random = half && !row.master && job.settings[kStochasticRounding] != 0;
   const uint32_t key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
+  const bool past_caches = row.numel >= kTile;  // to wait for such stores takes longer than a small row
   double chunk_sums[kSums] = {};
 
   int size = 0;
@@ -311,6 +313,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     size = rest >= kBlock ? rest / kBlock * kBlock : rest;
     Tile<T> tile{};
     tile.moved = moved;
+    tile.past_caches = past_caches;
     tile.size = (size + kBlock - 1) / kBlock * kBlock;
     for (int k = 0; k < kStates; ++k) {
       const T pad = T(k != 0);  // second moments divide
@@ -360,7 +363,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   if (!momentumless) chunk_sums[kDotDirection] *= sign;
   for (int k = 0; k < kSums; ++k) sums[k] += chunk_sums[k];
 #if defined(__SSE2__)
-  if (row.prev_write) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
+  if (row.prev_write && past_caches) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
 #endif
 }
 
