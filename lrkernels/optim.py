@@ -193,7 +193,7 @@ class FusedOptimizer(Optimizer):
         self._seen: Any = None
         self._keys: Any = None
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
@@ -334,7 +334,7 @@ class FusedOptimizer(Optimizer):
                 counts[Count.HAS_PREV] = 0.0
         elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, version(prev))
+                self._kept[p] = [prev, version(prev)]
         else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
@@ -542,6 +542,10 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        if grad_scale is None and not may_skip and self._keeps_all(plan) and all(grad is not None for grad in grads):
+            for record, grad in zip(self._kept.values(), grads, strict=True):
+                record[:] = grad, grad._version
+            return
         skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
@@ -551,10 +555,17 @@ class FusedOptimizer(Optimizer):
             if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
                 grad = torch.where(skipped, old, grad)
-            self._kept[p] = (grad, version(grad))
+            self._kept[p] = [grad, version(grad)]
+
+    def _keeps_all(self, plan: _Plan) -> bool:
+        """Whether every parameter's gradient is kept, in order: then none has to be looked up, which takes its time."""
+        return plan.spread is None and ops.holds(list(self._kept), plan.params)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
+        if self._keeps_all(plan) and all(grad._version == then for grad, then in self._kept.values()):
+            self._told = set()
+            return [grad for grad, _ in self._kept.values()]
         changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
@@ -746,7 +757,7 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
-            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
+            self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
         self._plan = self._run = self._seen = self._keys = None
         self._told = set()
 
