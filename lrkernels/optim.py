@@ -542,8 +542,9 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
-        if grad_scale is None and not may_skip and self._keeps_all(plan) and all(grad is not None for grad in grads):
-            for record, grad in zip(self._kept.values(), grads, strict=True):
+        there = [grad for grad in grads if grad is not None]
+        if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
+            for record, grad in zip(self._kept.values(), there, strict=True):
                 record[:] = grad, grad._version
             return
         skipped = self._controller.control[Control.SKIP] != 0
