@@ -13,6 +13,11 @@
 #else
 #define LRK_RULE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define LRK_ROLLED _Pragma("unroll 1")  // a loop that one thread runs: its code is what it costs
+#else
+#define LRK_ROLLED
+#endif
 
 namespace lrk {
 
@@ -283,7 +288,7 @@ LRK_RULE double rate(double lr, double multiplier, const double* control, const 
 LRK_RULE double alignment_factor(double* control, const double* settings, double direction_cosine) {
   if (control[kStep] > 0 && control[kStep] < settings[kFreezeAfter])
     control[kLogFactor] += settings[kKappa] * (direction_cosine + settings[kBias]);
-  return ::exp(control[kLogFactor]);
+  return ::exp(control[kLogFactor] < 80.0 ? control[kLogFactor] : 80.0);  // above that no float32 rate is finite
 }
 
 // Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2.
@@ -321,7 +326,9 @@ LRK_RULE double direction_length(const double* sums, const double* hyper) {
 // std(r_i, ddof = 1) of the last `count` log-returns r_i = ln(x_{i+1} / x_i) in the ring of signals.
 LRK_RULE double volatility(const double* ring, int64_t capacity, int64_t signals, int64_t count) {
   double mean = 0, squares = 0;
+  LRK_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
+    LRK_ROLLED
     for (int64_t i = signals - count; i < signals; ++i) {
       const double r = ::log(ring[i % capacity] / ring[(i - 1) % capacity]);
       if (pass == 0) mean += r / double(count);

@@ -49,6 +49,7 @@ __all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
 LISTS = 8  # the arguments that are lists of tensors come first
 READ_ONLY = (1, 6)  # of them: grads and prev_read
+CONTROL = LISTS + 2  # where the control tensor is among the arguments
 
 _READ = (
     "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor[] master, "
@@ -251,8 +252,23 @@ class _Row:
 def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
     uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
+    after_run(run_native, uneven, rows, verbs, rule, measure, two_pass, params, *rest)
+
+
+def after_run(
+    runner: Callable[..., None],
+    uneven: list[int],
+    rows: int,
+    verbs: int,
+    rule: int,
+    measure: int,
+    two_pass: bool,
+    params: list[Tensor],
+    *rest: Any,
+) -> None:
+    """Do what a call of the kernels leaves to Python: the rows that need copies, and the versions of the others."""
     if uneven:
-        _run_copies(uneven, verbs, rule, measure, two_pass, params, *rest)
+        run_copies(runner, uneven, verbs, rule, measure, two_pass, params, *rest)
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
         moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
@@ -271,8 +287,17 @@ def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
     return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
-def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
-    columns: list[Any] = [*map(_listed, arguments[:LISTS])]
+def run_copies(
+    runner: Callable[..., None],
+    uneven: list[int],
+    verbs: int,
+    rule: int,
+    measure: int,
+    two_pass: bool,
+    *arguments: Any,
+) -> None:
+    """Call the runner with copies of what has another layout than its parameter, in the ``uneven`` rows."""
+    columns: list[Any] = [*map(listed, arguments[:LISTS])]
     others = arguments[LISTS:]
     copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
@@ -285,12 +310,12 @@ def _run_copies(uneven: list[int], verbs: int, rule: int, measure: int, two_pass
             column[i].copy_(original)
             if k not in READ_ONLY:
                 copied.append((original, column[i]))
-    run_native(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
+    runner(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
     for original, copy in copied:
         original.copy_(copy)
 
 
-def _listed(column: Any) -> list[Any] | None:
+def listed(column: Any) -> list[Any] | None:
     """Return a column's tensors: those of a list, or of a pair (list of dictionaries, key)."""
     if isinstance(column, tuple):
         return [state.get(column[1]) for state in column[0]]
@@ -320,8 +345,14 @@ def _as_operator(verbs: Verb, runner: Callable[..., None]) -> Callable[..., None
 
 
 def _eager_lists(verbs: int, rule: int, measure: int, two_pass: bool, *tensors: Any) -> None:
-    lists: list[Any] = [_listed(x) or [] for x in tensors[:LISTS]]
+    lists: list[Any] = [listed(x) or [] for x in tensors[:LISTS]]
     run_eager(verbs, rule, measure, two_pass, *lists, *tensors[LISTS:])
+
+
+def _run_cuda(*arguments: Any) -> None:
+    from .cuda_runner import run_operator
+
+    run_operator(*arguments)
 
 
 for _verbs, _schema in SCHEMAS.items():
@@ -330,6 +361,8 @@ for _verbs, _schema in SCHEMAS.items():
     _library.impl(_name, _as_operator(_verbs, _eager_lists), "CompositeExplicitAutograd")
     if _C is not None:
         _library.impl(_name, _as_operator(_verbs, run_native), "CPU")
+        if _C.cuda_architectures():
+            _library.impl(_name, _as_operator(_verbs, _run_cuda), "CUDA")
     torch.library.register_fake(f"lrkernels::{_name}", lambda *args, **kwargs: None, lib=_library)
 
 
@@ -342,7 +375,7 @@ def check_backend_name(wanted: str | None) -> None:
 def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
     """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
     check_backend_name(wanted)
-    native = _C is not None and device.type == "cpu"
+    native = _C is not None and (device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_architectures())))
     if wanted == NATIVE and not native:
         reason = why_no_native or f"this build has no kernels for {device.type}"
         raise RuntimeError(
@@ -351,7 +384,13 @@ def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]
         )
     if wanted == TRITON:
         raise RuntimeError(f"lrkernels: backend='triton' is not there for {device}: use backend=None or 'eager'.")
-    return run_native if native and wanted != EAGER else _eager_lists
+    if native and wanted != EAGER:
+        if device.type == "cpu":
+            return run_native
+        from .cuda_runner import CudaRunner
+
+        return CudaRunner(device)
+    return _eager_lists
 
 
 def info() -> str:
@@ -362,10 +401,17 @@ def info() -> str:
         native = f"not there ({why_no_native})"
     else:
         native = f"C++ kernels, {_C.instruction_set()}, {torch.get_num_threads()} threads"
+    architectures = None if _C is None else _C.cuda_architectures()
+    if architectures:
+        cuda = f"native: C++ kernels for {architectures}"
+        cuda += "" if torch.cuda.is_available() else "; no CUDA device is visible"
+    else:
+        cuda = "eager: torch's own operations; this build has no kernels for it"
     lines = [
         f"lrkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         platform.platform(),
         f"cpu     {'native' if _C is not None else 'eager'}: {native}",
+        f"cuda    {cuda}",
         "other   eager: torch's own operations",
     ]
     return "\n".join(lines)

@@ -50,6 +50,16 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 _LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
+_IGNORED = {"foreach", "fused", "capturable"}  # torch's, which may be None
+_FLAGS = {
+    "maximize",
+    "nesterov",
+    "decoupled_weight_decay",
+    "zero_init_momentum",
+    "amsgrad",
+    "differentiable",
+} | _IGNORED
+WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -62,6 +72,11 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
     value = group[name]
     number = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
     _check(number, f"{name} must be finite and >= 0, got {value!r}")
+
+
+def _is_real(value: Tensor) -> bool:
+    """Whether the tensor has memory, with one real number for each element."""
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
 
 
 class _Plan:
@@ -108,7 +123,8 @@ class FusedOptimizer(Optimizer):
             ``"alignment"`` (default: ()).
         prev_grad: how the previous gradient is kept when it is needed: ``"store"``, ``"bfloat16"`` (half the size), or
             ``"swap"`` (the tensor itself, which must not be changed in place then) (default: "store").
-        process_group: add the sums up over these processes, which hold different parameters (default: None).
+        process_group: add the sums up over these processes, which hold different parameters; ``DTensor`` s need none,
+            their mesh says it (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
         state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
@@ -192,6 +208,10 @@ class FusedOptimizer(Optimizer):
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
         self._keys: Any = None
+        self._lr: Tensor | None = None  # each group's rate, on the device
+        self._rates: list[float] = []
+        self._all_counts: Tensor | None = None  # the plan's
+        self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
@@ -216,11 +236,16 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            _check(_is_real(lr), f"lr must be a real number, got {lr}")
             waits = lr.device.type != "cpu"
             _check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
+        for name in _FLAGS & group.keys():
+            unset = group[name] is None and name in _IGNORED
+            flag = unset or isinstance(group[name], int | np.bool_)
+            _check(flag, f"{name} must be True or False, got {group[name]!r}")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
 
     def _check_together(self) -> None:
@@ -258,11 +283,12 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups
         ]
         if self._seen != seen:
+            if self._is_capturing():
+                raise RuntimeError(f"lrkernels: param_groups have changed since the last step; {WARM_UP}")
             for group in self.param_groups:
                 self._check_group(group)
             self._check_together()
-            floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
-            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
+            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
             self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
             keys = [self._state_keys(group) for group in self.param_groups]
@@ -275,7 +301,19 @@ class FusedOptimizer(Optimizer):
             self._seen = seen
         for i, rate in enumerate(rates):
             if isinstance(rate, Tensor):
+                assert self._lr is not None
                 self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        """Write the rates where the kernels read them: in place, since a captured step reads them there too."""
+        device, old = self._controller.device, self._rates
+        if self._lr is None or self._lr.device != device or len(old) != len(rates):
+            self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+        else:
+            for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
+                if rate != before:
+                    self._lr[i].fill_(rate)
+        self._rates = rates
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -288,9 +326,19 @@ class FusedOptimizer(Optimizer):
             self._controller.to(plan.device)
             self._seen = None
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+        for gone in (self._counts.keys() | self._kept.keys()).difference(plan.params):
+            self._counts.pop(gone, None)
+            self._kept.pop(gone, None)
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
+        if self._captured and self._all_counts is not None and self._all_counts.shape == plan.counts.shape:
+            plan.counts = self._all_counts.copy_(plan.counts)
+            for p, state, counts in zip(plan.params, plan.states, plan.counts, strict=True):
+                if p in self._counts:
+                    self._counts[p] = counts
+                    self._show_updates(state, counts[Count.UPDATES])
+        self._all_counts = plan.counts
         plan.entries = list(self.state.values())
         self._plan = plan
         return plan
@@ -420,6 +468,8 @@ class FusedOptimizer(Optimizer):
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
         plan = self._plan
+        if self._is_capturing():
+            self._check_capture(plan)
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
         grads: list[Tensor | None] = ops.gradients(plan.params)
@@ -434,7 +484,7 @@ class FusedOptimizer(Optimizer):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
             self._awaken(plan, grads)
-        if self._run is not ops.run_native:
+        if self._run is ops._eager_lists:  # the others find out themselves, and say so at once
             self._refuse(plan, grads)
             plan = self._make_plan() if self._lacks_state(plan) else plan
         try:
@@ -445,6 +495,34 @@ class FusedOptimizer(Optimizer):
                 raise
             self._launch(self._make_plan(), grads, there)
         return loss
+
+    def _is_capturing(self) -> bool:
+        first = self.param_groups[0]["params"]
+        return bool(first) and first[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _check_capture(self, plan: _Plan | None) -> None:
+        """Refuse to be captured in a graph where replaying it would not do what the steps would have done."""
+        why = self._controller.why_not_captured()
+        if not why and (plan is None or not plan.is_current(self)):
+            why = "its parameters or states have changed since the last one"
+        elif not why and plan is not None:
+            idle = set(plan.idle)
+            missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
+            late = [p for i, p in enumerate(plan.params) if p.grad is not None and i in idle]
+            if missing:
+                why = f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
+            elif late:
+                why = f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
+        if not why and self._prev_grad == "swap" and self._keeps_prev():
+            why = "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
+        if not why and self._same_batch:
+            why = "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
+        rates = [group["lr"] for group in self.param_groups]
+        if not why and any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
+            why = "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
+        if why:
+            raise RuntimeError(f"lrkernels: this step cannot be captured in a graph: {why}; {WARM_UP}")
+        self._captured = True
 
     def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
         """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
@@ -544,8 +622,8 @@ class FusedOptimizer(Optimizer):
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
         there = [grad for grad in grads if grad is not None]
         if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
-            for record, grad in zip(self._kept.values(), there, strict=True):
-                record[:] = grad, grad._version
+            for record, new in zip(self._kept.values(), there, strict=True):
+                record[:] = new, new._version
             return
         skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
@@ -682,6 +760,8 @@ class FusedOptimizer(Optimizer):
                     else:
                         self.state[p][key] = value.clone()
         self._begin_from(control)
+        if self._captured:  # a replay reads what is there now, and asks nobody
+            self._refresh_hyper(self._make_plan())
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
@@ -692,7 +772,8 @@ class FusedOptimizer(Optimizer):
             isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups),
             "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
         )
-        sizes = [len(group.get("params", ())) for group in groups]
+        lists = [group.get("params") for group in groups]
+        sizes = [len(params) if isinstance(params, list | tuple) else None for params in lists]
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
@@ -720,15 +801,16 @@ class FusedOptimizer(Optimizer):
                 if value is None:
                     continue
                 if key == "step":
-                    count = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+                    count = value.numel() == 1 and _is_real(value) if isinstance(value, Tensor) else True
+                    count = count and isinstance(value, numbers.Real | Tensor)
                     _check(
                         count and 0.0 <= float(value) < math.inf,
                         f"the checkpoint's step of parameter {i} is {value!r}, not a count",
                     )
                     continue
                 _check(
-                    not isinstance(value, Tensor) or value.is_floating_point(),
-                    f"the checkpoint's {key} of parameter {i} is not of a floating-point dtype",
+                    not isinstance(value, Tensor) or (value.is_floating_point() and _is_real(value)),
+                    f"the checkpoint's {key} of parameter {i} is not a dense tensor of a floating-point dtype",
                 )
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 _check(
@@ -744,10 +826,20 @@ class FusedOptimizer(Optimizer):
         return saved
 
     def _check_control(self, control: Any) -> None:
+        if control is None:
+            return
         _check(
-            control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
+            isinstance(control, Tensor) and control.shape == self._controller.control.shape,
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
+        _check(_is_real(control), f"the checkpoint's schedule state is garbled: a tensor of {control.dtype}")
+        values = control.tolist()
+        for slot in (Control.STEP, Control.SKIPPED, Control.SIGNALS, Control.FACTOR, Control.NEXT_FACTOR):
+            whole = "FACTOR" in slot.name or values[slot] % 1 == 0
+            _check(
+                0.0 <= values[slot] < math.inf and whole,
+                f"the checkpoint's schedule state is garbled: {slot.name} is {values[slot]}",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
@@ -759,7 +851,8 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
             self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
-        self._plan = self._run = self._seen = self._keys = None
+        self._plan = self._run = self._seen = self._keys = self._lr = self._all_counts = None
+        self._rates, self._captured = [], False
         self._told = set()
 
 

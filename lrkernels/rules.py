@@ -193,7 +193,7 @@ def alignment_factor(control: Tensor, settings: list[float], direction_cosine: T
     counts = (step > 0) & (step < settings[Setting.FREEZE_AFTER])
     increment = settings[Setting.KAPPA] * (direction_cosine + settings[Setting.BIAS])
     control[Control.LOG_FACTOR] += torch.where(counts, increment, torch.zeros_like(increment))
-    return control[Control.LOG_FACTOR].exp()
+    return control[Control.LOG_FACTOR].clamp(max=80.0).exp()  # above that no float32 rate is finite
 
 
 def gala_factor(control: Tensor, settings: list[float], sums: Tensor, rule: int) -> Tensor:

@@ -10,34 +10,6 @@ constexpr int kRun = 4 * kBlock;  // measured together, then updated together, s
 template <class T>
 constexpr Dtype dtype_of = sizeof(T) == 4 ? kFloat32 : kFloat64;
 
-inline float from_bfloat16(uint16_t x) {
-  return bits_to_float(uint32_t(x) << 16);
-}
-
-inline uint16_t to_bfloat16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline float from_float16(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000u) << 16;
-  const uint32_t magnitude = float_to_bits(bits_to_float(uint32_t(x & 0x7fffu) << 13) * 0x1p112f);
-  const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return bits_to_float(sign | magnitude | special);
-}
-
-inline uint16_t to_float16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t half = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
-  return uint16_t(sign | half);
-}
-
 // `size` elements in T: in place where they are T and whole blocks, otherwise a copy, padded with zeros to a whole
 // block.
 template <class T>
@@ -51,9 +23,9 @@ T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch, T
   if (dtype == dtype_of<T> && size % kBlock == 0) return static_cast<T*>(const_cast<void*>(memory)) + offset;
   switch (dtype) {
     case kBFloat16:
-      return convert(static_cast<const uint16_t*>(memory), from_bfloat16);
+      return convert(static_cast<const uint16_t*>(memory), [](uint16_t x) { return from_bfloat16(x); });
     case kFloat16:
-      return convert(static_cast<const uint16_t*>(memory), from_float16);
+      return convert(static_cast<const uint16_t*>(memory), [](uint16_t x) { return from_float16(x); });
     case kFloat32:
       return convert(static_cast<const float*>(memory), same);
     default:
@@ -83,9 +55,9 @@ void store(void* memory, Dtype dtype, int64_t offset, int size, const T* values)
   };
   switch (dtype) {
     case kBFloat16:
-      return convert(static_cast<uint16_t*>(memory), to_bfloat16);
+      return convert(static_cast<uint16_t*>(memory), [](T x) { return to_bfloat16(float(x)); });
     case kFloat16:
-      return convert(static_cast<uint16_t*>(memory), to_float16);
+      return convert(static_cast<uint16_t*>(memory), [](T x) { return to_float16(float(x)); });
     case kFloat32:
       return convert(static_cast<float*>(memory), [](T x) { return float(x); });
     default:
