@@ -23,6 +23,7 @@ native kernels serve the CPU when the binary is there. All of them work on the s
 
 from __future__ import annotations
 
+import operator
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ try:
     from . import _C  # type: ignore[attr-defined]
 
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
+    _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
     why_no_native = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None
@@ -271,6 +273,19 @@ def after_run(
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
         moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
+
+
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Return each parameter's gradient."""
+    return [p.grad for p in params] if _C is None else _C.gradients(params)
+
+
+def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
+    """Whether these very objects are the list's items, or the dictionary's values, in this order."""
+    if _C is not None:
+        return bool(_C.holds(container, values))
+    found = container.values() if isinstance(container, dict) else container
+    return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
 def run_copies(

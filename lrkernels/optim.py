@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -86,7 +84,7 @@ class _Plan:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.lists = [list(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -104,12 +102,11 @@ class _Plan:
         """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
         lists = [group["params"] for group in optimizer.param_groups]
         return (
-            list(map(len, lists)) == self.sizes
-            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
+            len(lists) == len(self.lists)
+            and all(map(ops.holds, lists, self.lists))
             and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
             and self.state is optimizer.state
-            and len(self.entries) == len(self.state)
-            and all(map(operator.is_, self.entries, self.state.values()))
+            and ops.holds(self.state, self.entries)
             and (not self.params or self.params[0].device == self.device)
         )
 
@@ -216,7 +213,7 @@ class FusedOptimizer(Optimizer):
         self._all_counts: Tensor | None = None  # the plan's
         self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
@@ -385,7 +382,7 @@ class FusedOptimizer(Optimizer):
                 counts[Count.HAS_PREV] = 0.0
         elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, version(prev))
+                self._kept[p] = [prev, version(prev)]
         else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
@@ -475,7 +472,7 @@ class FusedOptimizer(Optimizer):
             self._check_capture(plan)
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
-        grads = [p.grad for p in plan.params]
+        grads: list[Tensor | None] = ops.gradients(plan.params)
         if plan.spread is not None:
             grads = plan.spread.aligned(plan.params, grads)
         if self._controller.is_new and closure is None and self._rehearses(plan, grads):
@@ -623,6 +620,11 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        there = [grad for grad in grads if grad is not None]
+        if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
+            for record, new in zip(self._kept.values(), there, strict=True):
+                record[:] = new, new._version
+            return
         skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
@@ -632,10 +634,17 @@ class FusedOptimizer(Optimizer):
             if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
                 grad = torch.where(skipped, old, grad)
-            self._kept[p] = (grad, version(grad))
+            self._kept[p] = [grad, version(grad)]
+
+    def _keeps_all(self, plan: _Plan) -> bool:
+        """Whether every parameter's gradient is kept, in order: then none has to be looked up, which takes its time."""
+        return plan.spread is None and ops.holds(list(self._kept), plan.params)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
+        if self._keeps_all(plan) and all(grad._version == then for grad, then in self._kept.values()):
+            self._told = set()
+            return [grad for grad, _ in self._kept.values()]
         changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
@@ -841,7 +850,7 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
-            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
+            self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
         self._plan = self._run = self._seen = self._keys = self._lr = self._all_counts = None
         self._rates, self._captured = [], False
         self._told = set()

@@ -550,5 +550,5 @@ class ReferenceAdamW(Reference, torch.optim.AdamW):
         if group["amsgrad"]:
             v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
             state["max_exp_avg_sq"].copy_(v)
-        denom = root(v) / scalar(math.sqrt(1 - beta2**t), v) + group["eps"]
+        denom = root(v) * scalar(1 / math.sqrt(1 - beta2**t), v) + group["eps"]
         self._store(p, x.addcdiv(m, denom, value=-lr / (1 - beta1**t)))
