@@ -55,7 +55,7 @@ class Build(BuildExtension):
                 str(target),
             ]
             made_by = target.with_suffix(".txt")
-            sources = [Path("csrc/cuda/kernels.cu"), *Path("csrc").glob("*.h")]
+            sources = [Path("csrc", name) for name in ("cuda/kernels.cu", "kernels.h", "rules.h", "halves.h")]
             newest = max(source.stat().st_mtime for source in sources)
             if not target.exists() or made_by.read_text() != str(command) or target.stat().st_mtime < newest:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ class Build(BuildExtension):
             )
             extension.extra_objects += [str(target), str(library)]
             extension.extra_link_args += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-            shown = ", ".join(re.findall(r"(?:sm|compute)_\w+(?=[],])", " ".join(architectures())))
-            extension.define_macros.append(("LRK_CUDA", f'"{shown}"'))
+            codes = re.findall(r"code=\[([^]]*)\]", " ".join(architectures()))
+            extension.define_macros.append(("LRK_CUDA", f'"{" ".join(codes).replace(",", " ")}"'))
         super().build_extensions()
 
 

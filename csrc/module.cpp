@@ -5,9 +5,12 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
+#include "handles.h"
 #include "kernels.h"
 
 namespace {
@@ -40,7 +43,7 @@ struct View : DLTensor {
   bool read(PyObject* object, DLDevice wanted = kHost) {
     present = object != Py_None;
     if (!present) return true;
-    if (exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
+    if (!handles::read(object, this) && exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
       PyErr_Clear();
       return false;
     }
@@ -102,6 +105,7 @@ struct Reference {
   PyObject* object;
   explicit Reference(PyObject* owned) : object(owned) {}
   Reference(const Reference&) = delete;
+  PyObject* give() { return std::exchange(object, nullptr); }
   ~Reference() { Py_XDECREF(object); }
 };
 
@@ -152,6 +156,24 @@ struct Column {
 const char* const kColumns[] = {"params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write"};
 constexpr int kLists = 2 + lrk::kStates + 3;  // params, grads, states, masters, previous gradients to read and to write
 
+constexpr Py_ssize_t kAhead = 16;  // rows
+
+// The objects of rows `begin` to `end`, their memory on its way; false after an error.
+bool gather(const Column (&columns)[kLists], Py_ssize_t begin, Py_ssize_t end, PyObject* (&items)[kAhead][kLists]) {
+  for (const Column& column : columns)
+    for (Py_ssize_t i = begin; column.list && i < end; ++i) handles::fetch(PyList_GetItem(column.list, i));
+  for (int k = 0; k < kLists; ++k) {
+    for (Py_ssize_t i = begin; i < end; ++i) {
+      PyObject* item = items[i - begin][k] = columns[k].item(i);
+      if (!item) return false;
+      handles::fetch(item);
+    }
+  }
+  for (int k = 0; k < kLists; ++k)
+    for (Py_ssize_t i = begin; columns[k].list && i < end; ++i) handles::fetch_impl(items[i - begin][k]);
+  return true;
+}
+
 // Whether the rule reads state `k` in this group.
 bool needs_state(const Job& job, int32_t group, int k) {
   const double* hyper = job.hyper + group * lrk::kHypers;
@@ -159,14 +181,12 @@ bool needs_state(const Job& job, int32_t group, int k) {
   return k < 2 || hyper[lrk::kAmsgrad] != 0;
 }
 
-// Reads row `i` of the lists. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
-int add_row(Job& job, DLDevice where, const Column (&columns)[kLists], Py_ssize_t i, int32_t group, float* counts) {
+// Reads row `i`. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
+int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize_t i, int32_t group, float* counts) {
   View views[kLists];
   const View &param = views[0], &grad = views[1];
   for (int k : {1, 0, 2, 3, 4, 5, 6, 7}) {
-    PyObject* item = columns[k].item(i);
-    if (!item) return -1;
-    if (!views[k].read(item, where) || (views[k].present && views[k].element() == lrk::kDtypes)) {
+    if (!views[k].read(items[k], where) || (views[k].present && views[k].element() == lrk::kDtypes)) {
       error(std::string(kColumns[k]) + "[" + std::to_string(i) + "] is not a dense " + name_of(where) +
             " tensor of float32, float64, bfloat16 or float16");
       return -1;
@@ -312,8 +332,12 @@ PyObject* run(PyObject*, PyObject* args) {
   Reference uneven(PyList_New(0));
   if (!uneven.object) return nullptr;
   job.rows.reserve(size_t(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const int added = add_row(job, where, columns, i, group_of[i], counts_of);
+  // What a tensor's reading touches lies all over the memory, so some rows' are on their way before they are read.
+  PyObject* items[kAhead][kLists];
+  for (Py_ssize_t i = 0, begin = 0; i < size; ++i) {
+    if (i == begin + kAhead) begin = i;
+    if (i == begin && !gather(columns, begin, std::min(begin + kAhead, size), items)) return nullptr;
+    const int added = add_row(job, where, items[i - begin], i, group_of[i], counts_of);
     if (added < 0) return nullptr;
     if (added == 0) {
       const Reference index(PyLong_FromSsize_t(i));
@@ -345,6 +369,42 @@ PyObject* connect(PyObject*, PyObject* capsule) {
   Py_RETURN_NONE;
 }
 
+PyObject* locate(PyObject*, PyObject* tensors) {
+  if (!PyList_Check(tensors)) return error("locate() takes a list of tensors");
+  return PyBool_FromLong(handles::locate(tensors));
+}
+
+PyObject* gradients(PyObject*, PyObject* params) {
+  if (!PyList_Check(params)) return error("gradients() takes a list of tensors");
+  const Py_ssize_t size = PyList_Size(params);
+  Reference grads(PyList_New(size));
+  for (Py_ssize_t i = 0; grads.object && i < size; ++i) {
+    PyObject* grad = handles::grad(PyList_GetItem(params, i));
+    if (!grad || PyList_SetItem(grads.object, i, grad) != 0) return nullptr;
+  }
+  return grads.give();
+}
+
+PyObject* holds(PyObject*, PyObject* args) {
+  PyObject *container, *values;
+  if (!PyArg_ParseTuple(args, "OO", &container, &values)) return nullptr;
+  const bool dictionary = PyDict_Check(container);
+  if (!(dictionary || PyList_Check(container)) || !PyList_Check(values))
+    return error("holds() takes a list or a dictionary, and a list");
+  const Py_ssize_t size = PyList_Size(values);
+  bool same = (dictionary ? PyDict_Size(container) : PyList_Size(container)) == size;
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; same && i < size; ++i) {
+    if (!dictionary)
+      value = PyList_GetItem(container, i);
+    else if (!PyDict_Next(container, &at, &key, &value))
+      break;
+    same = value == PyList_GetItem(values, i);
+  }
+  return PyBool_FromLong(same);
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(lrk::cpu::instruction_set());
 }
@@ -359,6 +419,11 @@ PyObject* cuda_architectures(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_O, "Takes torch.Tensor.__dlpack_c_exchange_api__; before anything else."},
+    {"locate", locate, METH_O,
+     "locate(tensors): looks for the handle in a torch.Tensor and a torch.nn.Parameter; whether it is found."},
+    {"holds", holds, METH_VARARGS,
+     "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
+    {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
     {"run", run, METH_VARARGS, run_doc},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use on this machine."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS, "What the CUDA kernels were compiled for, or None."},

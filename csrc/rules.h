@@ -155,7 +155,7 @@ struct SgdStep {
 // m <- lerp(m, g, 1 - beta1);  v <- beta2 v + (1 - beta2) g^2;  p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 template <class T>
 struct AdamWStep {
-  T decay, weight1, beta2, weight2, bias2_sqrt, eps, minus_step_size;
+  T decay, weight1, beta2, weight2, unbias2_sqrt, eps, minus_step_size;
   bool near_start, amsgrad;
 
   // `updates` counts the updates before this one.
@@ -164,7 +164,7 @@ struct AdamWStep {
         weight1(T(1.0 - hyper[kBeta1])),
         beta2(T(hyper[kBeta2])),
         weight2(T(1.0 - hyper[kBeta2])),
-        bias2_sqrt(T(::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates) + 1.0)))),
+        unbias2_sqrt(T(1.0 / ::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates) + 1.0)))),
         eps(T(hyper[kEps])),
         minus_step_size(T(-(lr / length / (1.0 - ::pow(hyper[kBeta1], double(updates) + 1.0))))),
         near_start(weight1 < T(0.5)),
@@ -177,7 +177,7 @@ struct AdamWStep {
     const T mean = fma(weight1, grad - old, near_start ? old : grad);
     const T mean_sq = fma(grad * weight2, grad, exp_avg_sq * beta2);
     const T largest = mean_sq > largest_so_far ? mean_sq : largest_so_far;
-    const T denominator = sqrt(amsgrad ? largest : mean_sq) / bias2_sqrt + eps;
+    const T denominator = sqrt(amsgrad ? largest : mean_sq) * unbias2_sqrt + eps;
     param = param * decay + (mean * minus_step_size) / denominator;
     exp_avg = mean;
     exp_avg_sq = mean_sq;
@@ -190,6 +190,7 @@ template <class T>
 struct AdamWDirection {
   T unbias1, unbias2_sqrt, eps;  // factors, since nothing but a statistic hangs on their last bit
 
+  AdamWDirection() = default;
   LRK_RULE AdamWDirection(const double* hyper, float updates)
       : unbias1(T(1.0 / (1.0 - ::pow(hyper[kBeta1], double(updates))))),
         unbias2_sqrt(T(1.0 / ::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates))))),
@@ -287,7 +288,7 @@ LRK_RULE double rate(double lr, double multiplier, const double* control, const 
 LRK_RULE double alignment_factor(double* control, const double* settings, double direction_cosine) {
   if (control[kStep] > 0 && control[kStep] < settings[kFreezeAfter])
     control[kLogFactor] += settings[kKappa] * (direction_cosine + settings[kBias]);
-  return ::exp(control[kLogFactor]);
+  return ::exp(control[kLogFactor] < 80.0 ? control[kLogFactor] : 80.0);  // above that no float32 rate is finite
 }
 
 // Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2.

@@ -141,6 +141,12 @@ class Controller:
             else:
                 self.control[Control.FIRST_LR] = lr
             self._started = True
+            if isinstance(self.closed_loop, GalaSchedule | VolSchedule) and not isinstance(lr, Tensor) and lr == 0:
+                warnings.warn(
+                    "lrkernels: the first group's lr is 0, and the schedule sets all rates in proportion to it, so "
+                    "they stay as they are; put a group that trains first",
+                    stacklevel=5,
+                )
 
     @property
     def device(self) -> torch.device:

@@ -87,7 +87,8 @@ class Spread:
             self.apart = (
                 f"lrkernels: the parameters are DTensors on meshes of the ranks {sorted(ranks)} and "
                 f"{apart or 'without this process'}, and no mesh holds all of them, so nothing can be measured over "
-                "the whole model; put them on parts of one mesh, or make an optimizer for each"
+                "the whole model, nor a gradient scaler's verdict shared; put them on parts of one mesh, or make an "
+                "optimizer for each"
             )
         elif mesh.size() > 1 and mesh.ndim == 1:
             self.groups = [mesh.get_group()]
@@ -153,9 +154,11 @@ class Spread:
             measure: what is measured.
             verdict: whether a gradient scaler has one, which may differ between the processes.
         """
-        if measure and self.apart:
+        if not (measure or verdict):
+            return call(Verb.STEP, grads)
+        if self.apart:
             raise RuntimeError(self.apart)
-        if not self.groups or not (measure or verdict):
+        if not self.groups:
             return call(Verb.STEP, grads)
         mine = [grad if counts and measure else None for grad, counts in zip(grads, self.counted, strict=True)]
         theirs = [None if counts else grad for grad, counts in zip(grads, self.counted, strict=True)]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .closed_loop import AlignmentSchedule, ClosedLoop, VolSchedule
+from .layout import Control
+from .optim import CONTROL_KEY
 
 __all__ = ["Event", "Guard"]
 
@@ -51,6 +53,19 @@ def _scaled(tree: Any, factor: float, inside: bool = False) -> Any:
     if type(tree) in (list, tuple):
         return type(tree)(_scaled(value, factor, inside) for value in tree)
     return tree * factor if inside and isinstance(tree, int | float | Tensor) else tree
+
+
+def _unwind(saved: dict[str, Any], loop: AlignmentSchedule) -> None:
+    """Forget what alignment has learnt beyond its ``max_lr``: it would hold the rate there, however low its base is."""
+    base = max(float(group["lr"]) for group in saved["param_groups"])
+    if not 0.0 < loop.max_lr < math.inf or base == 0.0:
+        return
+    top = math.log(loop.max_lr / base)
+    if (control := saved["param_groups"][0].get(CONTROL_KEY)) is not None:
+        control[Control.LOG_FACTOR].clamp_(max=top)
+        control[Control.NEXT_FACTOR].clamp_(max=math.exp(top))
+    elif loop.kappa and (rule := saved.get("lrkernels_alignment", {}).get("rule")):
+        rule["sum"] = min(rule["sum"], top / loop.kappa)
 
 
 def _load_in_place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -163,6 +178,7 @@ class Guard:
         lr_factor: float = 0.5,
         history_size: int | None = 10_000,
     ) -> None:
+        _check(hasattr(optimizer, "param_groups"), f"Guard watches an optimizer, got {type(optimizer).__name__}")
         _check(check_every >= 1 and snapshot_every >= 1, "check_every and snapshot_every must be >= 1")
         _check(1 <= patience <= memory, f"need 1 <= patience <= memory, got {patience} and {memory}")
         _check(threshold > 0 and norm_threshold > 1, "need threshold > 0 and norm_threshold > 1")
@@ -352,6 +368,9 @@ class Guard:
         stop = self.rollbacks == self.max_rollbacks
         if not stop:
             self.rollbacks += 1
+            loop = getattr(getattr(self.optimizer, "_controller", self.optimizer), "closed_loop", None)
+            if isinstance(loop, AlignmentSchedule):
+                _unwind(good.optimizer, loop)
             good.optimizer = _scaled(good.optimizer, self.lr_factor)
             good.others = [(other, _scaled(state, self.lr_factor)) for other, state in good.others]
         self._restore(good)

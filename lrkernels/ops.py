@@ -23,6 +23,7 @@ native kernels serve the CPU when the binary is there. All of them work on the s
 
 from __future__ import annotations
 
+import operator
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ try:
     from . import _C  # type: ignore[attr-defined]
 
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
+    _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
     why_no_native = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None
@@ -45,6 +47,7 @@ except (ImportError, AttributeError, ValueError) as error:
 __all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
 
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
+OLDEST_TRITON = (3, 6)
 LISTS = 8  # the arguments that are lists of tensors come first
 READ_ONLY = (1, 6)  # of them: grads and prev_read
 CONTROL = LISTS + 2  # where the control tensor is among the arguments
@@ -272,6 +275,19 @@ def after_run(
         torch.autograd.graph.increment_version(moved)
 
 
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Return each parameter's gradient."""
+    return [p.grad for p in params] if _C is None else _C.gradients(params)
+
+
+def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
+    """Whether these very objects are the list's items, or the dictionary's values, in this order."""
+    if _C is not None:
+        return bool(_C.holds(container, values))
+    found = container.values() if isinstance(container, dict) else container
+    return len(found) == len(values) and all(map(operator.is_, found, values))
+
+
 def run_copies(
     runner: Callable[..., None],
     uneven: list[int],
@@ -346,7 +362,7 @@ for _verbs, _schema in SCHEMAS.items():
     _library.impl(_name, _as_operator(_verbs, _eager_lists), "CompositeExplicitAutograd")
     if _C is not None:
         _library.impl(_name, _as_operator(_verbs, run_native), "CPU")
-        if _C.cuda_architectures():
+        if _C.cuda_architectures() and torch.version.hip is None:
             _library.impl(_name, _as_operator(_verbs, _run_cuda), "CUDA")
     torch.library.register_fake(f"lrkernels::{_name}", lambda *args, **kwargs: None, lib=_library)
 
@@ -357,24 +373,66 @@ def check_backend_name(wanted: str | None) -> None:
         raise ValueError(f"lrkernels: backend must be None, 'native', 'triton' or 'eager', got {wanted!r}")
 
 
+def why_not_native(device: torch.device) -> str:
+    """Return why the binary does not serve ``device``, or an empty string."""
+    if _C is None:
+        return why_no_native
+    if device.type == "cpu":
+        return ""
+    codes = (_C.cuda_architectures() or "").split()
+    if device.type != "cuda" or not codes or torch.version.hip is not None:
+        return f"this build has no kernels for {'hip' if torch.version.hip else device.type}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        for code in codes:  # machine code runs on its own generation, sm_80 on 8.6 too; PTX on any later one
+            kind, number = code.split("_")
+            least = int(number.rstrip("af"))
+            if least <= 10 * major + minor and (kind == "compute" or least // 10 == major):
+                return ""
+        return f"this build has kernels for {', '.join(codes)}, and the device is of compute capability {major}.{minor}"
+    return ""
+
+
+def why_no_triton(device: torch.device) -> str:
+    """Return why Triton does not serve ``device``, or an empty string; importing it takes a while."""
+    try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            return f"Triton {triton.__version__} is too old"
+        from . import triton_runner
+    except Exception as error:  # missing, or broken
+        return f"{type(error).__name__}: {error}"
+    return triton_runner.why_not(device)
+
+
 def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
     """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
     check_backend_name(wanted)
-    native = _C is not None and (device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_architectures())))
+    reason = why_not_native(device)
+    native = not reason
     if wanted == NATIVE and not native:
-        reason = why_no_native or f"this build has no kernels for {device.type}"
         raise RuntimeError(
             f"lrkernels: backend='native' is not there for {device}: {reason}. "
             "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
         )
-    if wanted == TRITON:
-        raise RuntimeError(f"lrkernels: backend='triton' is not there for {device}: use backend=None or 'eager'.")
-    if native and wanted != EAGER:
+    if native and wanted in (None, NATIVE):
         if device.type == "cpu":
             return run_native
         from .cuda_runner import CudaRunner
 
         return CudaRunner(device)
+    if wanted == TRITON or (wanted is None and device.type in ("cuda", "xpu")):
+        reason = why_no_triton(device)
+        if not reason:
+            from .triton_runner import TritonRunner
+
+            return TritonRunner(device)
+        if wanted == TRITON:
+            raise RuntimeError(
+                f"lrkernels: backend='triton' is not there for {device}: {reason}. "
+                "Install it with `pip install 'triton>=3.6'`, or use backend=None or 'eager'."
+            )
     return _eager_lists
 
 
@@ -397,6 +455,19 @@ def info() -> str:
         platform.platform(),
         f"cpu     {'native' if _C is not None else 'eager'}: {native}",
         f"cuda    {cuda}",
+        f"gpu     {_triton_line()}",
         "other   eager: torch's own operations",
     ]
     return "\n".join(lines)
+
+
+def _triton_line() -> str:
+    devices = [torch.device(kind) for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()]
+    reason = why_no_triton(devices[0] if devices else torch.device("cuda"))
+    if reason:
+        return f"eager: Triton is not there ({reason})"
+    from . import triton_runner
+
+    compiled = triton_runner.compile_seconds
+    took = f"the first call compiled for {compiled:.1f} s" if compiled is not None else "nothing compiled so far"
+    return f"triton: {triton_runner.version()}, {took}" + ("" if devices else "; no GPU is visible")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -52,6 +50,15 @@ _PICKLED = (  # what a copy of the optimizer takes along, besides what torch's d
 )
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 _LATER = {"decoupled_weight_decay", "zero_init_momentum", "maximize"}  # torch's checkpoints lack these, or did
+_IGNORED = {"foreach", "fused", "capturable"}  # torch's, which may be None
+_FLAGS = {
+    "maximize",
+    "nesterov",
+    "decoupled_weight_decay",
+    "zero_init_momentum",
+    "amsgrad",
+    "differentiable",
+} | _IGNORED
 WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
@@ -67,12 +74,17 @@ def _check_finite(group: dict[str, Any], name: str) -> None:
     _check(number, f"{name} must be finite and >= 0, got {value!r}")
 
 
+def _is_real(value: Tensor) -> bool:
+    """Whether the tensor has memory, with one real number for each element."""
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
+
+
 class _Plan:
     """All parameters, flat and in order, with their states: what a step hands to the kernels besides the gradients."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.lists = [list(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -90,12 +102,11 @@ class _Plan:
         """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
         lists = [group["params"] for group in optimizer.param_groups]
         return (
-            list(map(len, lists)) == self.sizes
-            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
+            len(lists) == len(self.lists)
+            and all(map(ops.holds, lists, self.lists))
             and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
             and self.state is optimizer.state
-            and len(self.entries) == len(self.state)
-            and all(map(operator.is_, self.entries, self.state.values()))
+            and ops.holds(self.state, self.entries)
             and (not self.params or self.params[0].device == self.device)
         )
 
@@ -112,7 +123,8 @@ class FusedOptimizer(Optimizer):
             ``"alignment"`` (default: ()).
         prev_grad: how the previous gradient is kept when it is needed: ``"store"``, ``"bfloat16"`` (half the size), or
             ``"swap"`` (the tensor itself, which must not be changed in place then) (default: "store").
-        process_group: add the sums up over these processes, which hold different parameters (default: None).
+        process_group: add the sums up over these processes, which hold different parameters; ``DTensor`` s need none,
+            their mesh says it (default: None).
         backend: ``"native"``, ``"triton"``, ``"eager"``, or None for the best there is (default: None).
         history_size: steps that ``history()`` goes back; None keeps all (default: 1024).
         state_dtype: the dtype of momentum and moments; None is the parameter's own (default: None).
@@ -201,7 +213,7 @@ class FusedOptimizer(Optimizer):
         self._all_counts: Tensor | None = None  # the plan's
         self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
@@ -224,11 +236,16 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            _check(_is_real(lr), f"lr must be a real number, got {lr}")
             waits = lr.device.type != "cpu"
             _check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             _check_finite(group, "lr")
         _check_finite(group, "weight_decay")
+        for name in _FLAGS & group.keys():
+            unset = group[name] is None and name in _IGNORED
+            flag = unset or isinstance(group[name], int | np.bool_)
+            _check(flag, f"{name} must be True or False, got {group[name]!r}")
         _check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
 
     def _check_together(self) -> None:
@@ -309,6 +326,9 @@ class FusedOptimizer(Optimizer):
             self._controller.to(plan.device)
             self._seen = None
         self.param_groups[0][CONTROL_KEY] = self._controller.control
+        for gone in (self._counts.keys() | self._kept.keys()).difference(plan.params):
+            self._counts.pop(gone, None)
+            self._kept.pop(gone, None)
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -362,7 +382,7 @@ class FusedOptimizer(Optimizer):
                 counts[Count.HAS_PREV] = 0.0
         elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, version(prev))
+                self._kept[p] = [prev, version(prev)]
         else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
@@ -452,7 +472,7 @@ class FusedOptimizer(Optimizer):
             self._check_capture(plan)
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
-        grads = [p.grad for p in plan.params]
+        grads: list[Tensor | None] = ops.gradients(plan.params)
         if plan.spread is not None:
             grads = plan.spread.aligned(plan.params, grads)
         if self._controller.is_new and closure is None and self._rehearses(plan, grads):
@@ -600,6 +620,11 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        there = [grad for grad in grads if grad is not None]
+        if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
+            for record, new in zip(self._kept.values(), there, strict=True):
+                record[:] = new, new._version
+            return
         skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
@@ -609,10 +634,17 @@ class FusedOptimizer(Optimizer):
             if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
                 grad = torch.where(skipped, old, grad)
-            self._kept[p] = (grad, version(grad))
+            self._kept[p] = [grad, version(grad)]
+
+    def _keeps_all(self, plan: _Plan) -> bool:
+        """Whether every parameter's gradient is kept, in order: then none has to be looked up, which takes its time."""
+        return plan.spread is None and ops.holds(list(self._kept), plan.params)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
+        if self._keeps_all(plan) and all(grad._version == then for grad, then in self._kept.values()):
+            self._told = set()
+            return [grad for grad, _ in self._kept.values()]
         changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
@@ -740,7 +772,8 @@ class FusedOptimizer(Optimizer):
             isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups),
             "not an optimizer's checkpoint: it has no 'state' and 'param_groups'",
         )
-        sizes = [len(group.get("params", ())) for group in groups]
+        lists = [group.get("params") for group in groups]
+        sizes = [len(params) if isinstance(params, list | tuple) else None for params in lists]
         own = [len(group["params"]) for group in self.param_groups]
         _check(sizes == own, f"the checkpoint has groups of {sizes} parameters, this optimizer {own}")
         for saved_group, group in zip(groups, self.param_groups, strict=True):
@@ -768,15 +801,16 @@ class FusedOptimizer(Optimizer):
                 if value is None:
                     continue
                 if key == "step":
-                    count = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+                    count = value.numel() == 1 and _is_real(value) if isinstance(value, Tensor) else True
+                    count = count and isinstance(value, numbers.Real | Tensor)
                     _check(
                         count and 0.0 <= float(value) < math.inf,
                         f"the checkpoint's step of parameter {i} is {value!r}, not a count",
                     )
                     continue
                 _check(
-                    not isinstance(value, Tensor) or value.is_floating_point(),
-                    f"the checkpoint's {key} of parameter {i} is not of a floating-point dtype",
+                    not isinstance(value, Tensor) or (value.is_floating_point() and _is_real(value)),
+                    f"the checkpoint's {key} of parameter {i} is not a dense tensor of a floating-point dtype",
                 )
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 _check(
@@ -792,10 +826,20 @@ class FusedOptimizer(Optimizer):
         return saved
 
     def _check_control(self, control: Any) -> None:
+        if control is None:
+            return
         _check(
-            control is None or (isinstance(control, Tensor) and control.shape == self._controller.control.shape),
+            isinstance(control, Tensor) and control.shape == self._controller.control.shape,
             "the checkpoint's schedule state has another size; give the optimizer the schedule it was saved with",
         )
+        _check(_is_real(control), f"the checkpoint's schedule state is garbled: a tensor of {control.dtype}")
+        values = control.tolist()
+        for slot in (Control.STEP, Control.SKIPPED, Control.SIGNALS, Control.FACTOR, Control.NEXT_FACTOR):
+            whole = "FACTOR" in slot.name or values[slot] % 1 == 0
+            _check(
+                0.0 <= values[slot] < math.inf and whole,
+                f"the checkpoint's schedule state is garbled: {slot.name} is {values[slot]}",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
@@ -806,7 +850,7 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # a copy, not a checkpoint being loaded; copies of tensors count their versions from 0
-            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
+            self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
             self._run = self._lr = self._all_counts = None
             self._rates, self._captured = [], False
         self._plan = self._seen = self._keys = None

@@ -16,6 +16,17 @@ from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # APPLY: one parameter. Coefficients are float64 scalars (floats or 0-dim tensors), rounded once to the tensors' dtype.
+#
+# ``triton_kernels.py`` makes device functions of the steps, the direction and ``mix`` from this very source, with
+# Triton's own of the names below. So these call nothing else but ``to``, and branch with ``if``.
+
+divide, maximum, power, where = torch.true_divide, torch.maximum, torch.pow, torch.where
+float64 = torch.float64
+
+
+def cast(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a coefficient in the dtype of ``like``, rounded once."""
+    return torch.as_tensor(value, dtype=torch.float64, device=like.device).to(like.dtype)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -45,23 +56,21 @@ def sgd_step(
 
     Normalised: p <- p - lr d / |d|, with ``length`` = |d|.
     """
-
-    def cast(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=param.device).to(param.dtype)
-
-    if hyper[Hyper.WEIGHT_DECAY] and hyper[Hyper.DECOUPLED]:
-        param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY])
-    elif hyper[Hyper.WEIGHT_DECAY]:
-        grad = fma(param, cast(hyper[Hyper.WEIGHT_DECAY]), grad)
+    if hyper[Hyper.WEIGHT_DECAY] != 0 and hyper[Hyper.DECOUPLED] != 0:
+        param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY], param)
+    elif hyper[Hyper.WEIGHT_DECAY] != 0:
+        grad = fma(param, cast(hyper[Hyper.WEIGHT_DECAY], param), grad)
     direction = grad
     if buffer is not None:
-        undampened = torch.full_like(lr, 1.0 - hyper[Hyper.DAMPENING])
-        if not hyper[Hyper.ZERO_INIT]:  # the buffer starts at zero; torch starts it at the first gradient
-            undampened = torch.where(updates == 0, torch.ones_like(lr), undampened)
-        momentum = cast(hyper[Hyper.MOMENTUM])
-        buffer = fma(grad, cast(undampened), buffer * momentum)
-        direction = fma(buffer, momentum, grad) if hyper[Hyper.NESTEROV] else buffer
-    return fma(direction, cast(-(lr / length)), param), buffer
+        undampened = cast(1.0 - hyper[Hyper.DAMPENING], lr)
+        if hyper[Hyper.ZERO_INIT] == 0:  # the buffer starts at zero; torch starts it at the first gradient
+            undampened = where(updates == 0, cast(1.0, lr), undampened)
+        momentum = cast(hyper[Hyper.MOMENTUM], param)
+        buffer = fma(grad, cast(undampened, param), buffer * momentum)
+        direction = buffer
+        if hyper[Hyper.NESTEROV] != 0:
+            direction = fma(buffer, momentum, grad)
+    return fma(direction, cast(-(lr / length), param), param), buffer
 
 
 def adamw_step(
@@ -77,38 +86,36 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """M <- lerp(m, g, 1 - beta1); v <- beta2 v + (1 - beta2) g^2; p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
-    As in ``torch.optim.AdamW``, whose roots may differ in the last bit.
+    As in ``torch.optim.AdamW``, whose roots may differ in the last bit and which divides by the root of 1 - beta2^t.
     """
-
-    def cast(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=param.device).to(param.dtype)
-
-    step = updates.double() + 1.0
-    param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY])
-    weight1 = cast(1.0 - hyper[Hyper.BETA1])
+    step = updates.to(float64) + 1.0
+    param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY], param)
+    weight1 = cast(1.0 - hyper[Hyper.BETA1], param)
     toward = grad - exp_avg
     if 1.0 - hyper[Hyper.BETA1] < 0.5:
         exp_avg = fma(weight1, toward, exp_avg)
     else:
         exp_avg = fma(weight1 - 1, toward, grad)
-    exp_avg_sq = fma(grad * cast(1.0 - hyper[Hyper.BETA2]), grad, exp_avg_sq * cast(hyper[Hyper.BETA2]))
+    weighted = grad * cast(1.0 - hyper[Hyper.BETA2], param)
+    exp_avg_sq = fma(weighted, grad, exp_avg_sq * cast(hyper[Hyper.BETA2], param))
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
-        second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    bias2_sqrt = (1.0 - hyper[Hyper.BETA2] ** step).sqrt()
-    denominator = sqrt(second) / cast(bias2_sqrt) + cast(hyper[Hyper.EPS])
-    step_size = lr / length / (1.0 - hyper[Hyper.BETA1] ** step)
-    param = param + (exp_avg * cast(-step_size)) / denominator
+        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+        second = max_exp_avg_sq
+    unbias2_sqrt = 1.0 / sqrt(1.0 - power(hyper[Hyper.BETA2], step))
+    denominator = sqrt(second) * cast(unbias2_sqrt, param) + cast(hyper[Hyper.EPS], param)
+    step_size = lr / length / (1.0 - power(hyper[Hyper.BETA1], step))
+    param = param + divide(exp_avg * cast(-step_size, param), denominator)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: list[float], updates: Tensor) -> Tensor:
     """Return the direction of AdamW's last update, m_hat / (sqrt(v_hat) + eps); zero before the first one."""
-    step = updates.double()
-    unbias1 = (1.0 / (1.0 - hyper[Hyper.BETA1] ** step)).to(exp_avg.dtype)
-    unbias2_sqrt = (1.0 / (1.0 - hyper[Hyper.BETA2] ** step).sqrt()).to(exp_avg.dtype)
-    direction = (exp_avg * unbias1) / (sqrt(second) * unbias2_sqrt + hyper[Hyper.EPS])
-    return torch.where(updates > 0, direction, torch.zeros_like(direction))
+    step = updates.to(float64)
+    unbias1 = cast(1.0 / (1.0 - power(hyper[Hyper.BETA1], step)), exp_avg)
+    unbias2_sqrt = cast(1.0 / sqrt(1.0 - power(hyper[Hyper.BETA2], step)), exp_avg)
+    denominator = sqrt(second) * unbias2_sqrt + cast(hyper[Hyper.EPS], exp_avg)
+    return where(updates > 0, divide(exp_avg * unbias1, denominator), 0.0)
 
 
 # Rounding at random, up with the probability of the part that is cut off, so that small updates are not lost on the
@@ -193,7 +200,7 @@ def alignment_factor(control: Tensor, settings: list[float], direction_cosine: T
     counts = (step > 0) & (step < settings[Setting.FREEZE_AFTER])
     increment = settings[Setting.KAPPA] * (direction_cosine + settings[Setting.BIAS])
     control[Control.LOG_FACTOR] += torch.where(counts, increment, torch.zeros_like(increment))
-    return control[Control.LOG_FACTOR].exp()
+    return control[Control.LOG_FACTOR].clamp(max=80.0).exp()  # above that no float32 rate is finite
 
 
 def gala_factor(control: Tensor, settings: list[float], sums: Tensor, rule: int) -> Tensor:

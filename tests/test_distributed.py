@@ -8,17 +8,19 @@ import contextlib
 import datetime
 import functools
 import math
+import pickle
 import time
 import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_close, assert_same_bits, bits, gradients, parameters
+from conftest import assert_close, assert_same_bits, bits, gradients, parameters, train
 from torch import nn
 
 from lrkernels import FusedAdamW, FusedSGD, schedules
 from lrkernels.layout import Control
+from lrkernels.optim import CONTROL_KEY
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -70,7 +72,7 @@ def work(rank, world, names, folder):
     for name in names:
         torch.manual_seed(0)
         method = f"file://{folder}/{world}-{name}"
-        timeout = datetime.timedelta(seconds=60)
+        timeout = datetime.timedelta(seconds=180)  # a machine may be busy while the processes start
         try:
             dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
             CASES[world][name](folder)
@@ -465,6 +467,19 @@ def placements(folder):
 
 
 @case(2)
+def a_gradient_that_is_still_on_its_way(folder):
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, x = mesh_of(2), torch.randn(6, 2)
+    p = nn.Parameter(spread(torch.zeros(6, 2), mesh, [Replicate()]))
+    p.grad = spread(x, mesh, [Partial()]).redistribute(placements=[Replicate()], async_op=True)
+    assert isinstance(p.grad.to_local(), AsyncCollectiveTensor)
+    FusedSGD([p], lr=1.0, max_grad_norm=100.0).step()
+    assert_same_bits([full(p)], [-x])
+
+
+@case(2)
 def low_precision(folder):
     """Stochastic rounding draws by the element's place in its process: the same bits where parameters are whole."""
     from torch.distributed.tensor import Replicate, Shard
@@ -517,6 +532,13 @@ def process_group(folder):
     by_hand(split, SOME, group, present=lambda step, i: i % (world - 1) != 0 or step != 1 or world == 2)
     verdicts = [(rank == 0 and step == 2, step == 2) for step in range(STEPS)]
     by_hand(split, process_group=group, found_inf=verdicts)
+    for first in (0.0, 1.0):  # a first step with a rate of 0 is none if all gradients are 0, in all processes
+        p = nn.Parameter(torch.ones(3))
+        optimizer = FusedSGD([p], lr=0.0, track="grad_norm", process_group=group)
+        p.grad = torch.full_like(p, first if rank == 0 else 0.0)
+        optimizer.step()
+        assert len(optimizer.history()["step"]) == (first != 0)
+        assert_same_everywhere(optimizer._controller.control)
 
 
 # ---- ZeRO ----
@@ -753,6 +775,16 @@ def refusals(folder):
         with refused(RuntimeError, "^lrkernels: prev_grad='swap' keeps each gradient until the next step", swapping):
             swapping.step()
 
+    wrong = nn.Parameter(spread(torch.randn(6, 2), mesh, [Replicate()]))  # measured in the first process only
+    wrong.grad = spread(torch.randn(6, 2), mesh, [Replicate()])
+    clipping = FusedSGD([p, wrong], max_grad_norm=1.0)
+    clipping.step()
+    wrong.grad = None
+    wrong.grad_dtype = torch.float64
+    wrong.grad = spread(torch.randn(6, 2), mesh, [Replicate()]).double()
+    with refused(ValueError, "^lrkernels: FusedSGD takes gradients of the parameter's dtype or float32", clipping):
+        clipping.step()
+
     mirrored = DeviceMesh("cpu", [1, 0])
     q.grad = None
     q.grad = spread(torch.randn(6, 2), mirrored, [Replicate()])
@@ -769,9 +801,12 @@ def meshes_that_have_no_whole(folder):
     params = [nn.Parameter(spread(torch.randn(6, 2), mesh[name], [Shard(0)])) for name in ("a", "b")]
     for p in params:
         p.grad = torch.ones_like(p)
-    clipping = FusedSGD(params, max_grad_norm=1.0)
-    with refused(RuntimeError, "^lrkernels: the parameters are DTensors on meshes of the ranks", clipping):
-        clipping.step()
+    for more in ({"max_grad_norm": 1.0}, {}):
+        optimizer = FusedSGD(params, **more)
+        if not more:
+            optimizer.found_inf = torch.tensor(0.0)
+        with refused(RuntimeError, "^lrkernels: the parameters are DTensors on meshes of the ranks", optimizer):
+            optimizer.step()
     before = [full(p).clone() for p in params]
     FusedSGD(params, lr=0.5).step()
     assert_same_bits([full(p) for p in params], [x - 0.5 for x in before])
@@ -780,15 +815,16 @@ def meshes_that_have_no_whole(folder):
 @case(2)
 def a_process_that_is_lost(folder):
     """Torch's own error, soon, and the parameters as they were; then training goes on."""
-    quick = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    group = dist.new_group()
     p = nn.Parameter(torch.randn(6, 2))
-    optimizer = FusedSGD([p], lr=0.5, momentum=0.9, track="alignment", process_group=quick)
+    optimizer = FusedSGD([p], lr=0.5, momentum=0.9, track="alignment", process_group=group)
     p.grad = torch.ones_like(p)
     optimizer.step()
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 1:
         store.wait(["done"])
         return
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2), group)
     before = bits([p, optimizer.state_dict()["state"], optimizer.stats])
     start = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
@@ -829,7 +865,45 @@ def a_gradient_scaler_finds_infinity_in_one_process(folder):
             assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
 
 
-# ---- The test ----
+# ---- The tests ----
+
+
+@pytest.mark.parametrize(("lr", "grad", "steps"), [(0.0, 1.0, 1), (0.1, 0.0, 1), (0.0, 0.0, 0)])
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_only_a_first_step_of_rate_and_gradient_zero_is_none(kind, lr, grad, steps):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = kind([p], lr=lr, schedule=schedules.gala(delta=0.1, mode="consecutive"))
+    p.grad = torch.full_like(p, grad)
+    optimizer.step()
+    assert len(optimizer.history()["step"]) == steps
+    assert bool(optimizer.state_dict()["state"]) and "prev_grad" in optimizer.state_dict()["state"][0]
+    optimizer.step(lambda: None)
+    assert len(optimizer.history()["step"]) == steps + 1
+
+
+def test_the_control_tensor_hangs_in_the_first_group_and_is_not_shown():
+    optimizer = FusedSGD([{"params": parameters([(3,)])}, {"params": parameters([(4,)])}])
+    assert optimizer.param_groups[0][CONTROL_KEY] is optimizer._controller.control
+    assert CONTROL_KEY not in optimizer.param_groups[1] and CONTROL_KEY not in repr(optimizer)
+    assert CONTROL_KEY in optimizer.param_groups[0]
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert twin.param_groups[0][CONTROL_KEY] is twin._controller.control
+
+
+@pytest.mark.parametrize("before_state_dict", [False, True])
+def test_a_control_tensor_put_into_the_group_is_taken_over(before_state_dict):
+    """As ZeroRedundancyOptimizer does when it loads; one of another schedule is refused."""
+    params, twins = parameters([(3,)]), parameters([(3,)])
+    trained = train(FusedSGD(params, lr=1.0, schedule=schedules.linear(10)), params, gradients([(3,)], 4))
+    optimizer = FusedSGD(twins, lr=1.0, schedule=schedules.linear(10))
+    optimizer.param_groups[0][CONTROL_KEY] = trained._controller.control.clone()
+    if before_state_dict:
+        assert optimizer.state_dict()["param_groups"][0][CONTROL_KEY][Control.STEP] == 4
+    train(optimizer, twins, gradients([(3,)], 1))
+    assert float(optimizer.stats["lr"]) == pytest.approx(0.6)
+    optimizer.param_groups[0][CONTROL_KEY] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"^lrkernels: the checkpoint's schedule state has another size"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(("world", "name"), rows())

@@ -288,6 +288,33 @@ def test_every_rate_is_lowered_and_again_from_the_same_snapshot(make):
         assert rates[1] == pytest.approx(want[1] / 4, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:lrkernels. step")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: FusedSGD(params, 0.1, momentum=0.9, schedule=schedules.alignment(kappa=1.0, max_lr=0.4)),
+        lambda params: FusedAdamW(params, 0.1, schedule=schedules.alignment(kappa=1.0, lag=0, max_lr=0.4)),
+        lambda params: Alignment(SGD(params, 0.1, momentum=0.9), kappa=1.0, max_lr=0.4),
+    ],
+    ids=["fused-sgd", "fused-adamw", "wrapper"],
+)
+def test_a_rate_that_alignment_holds_at_its_bound_is_lowered_too(make):
+    """Twenty gradients that agree have made the factor e^20, of which the bound lets 4 through."""
+    [p] = parameters([(5,)])
+    optimizer = make([p])
+    guard = Guard(optimizer, check_every=1, snapshot_every=1)
+    rates = []
+    for loss in [1.0] * 22 + [math.nan]:
+        p.grad = torch.ones(5)
+        optimizer.step()
+        rates.append(float(optimizer.stats["lr"]))
+        guard.step(loss)
+    assert rates[-1] == pytest.approx(0.4)
+    p.grad = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])  # across the last direction: nothing is learnt
+    optimizer.step()
+    assert float(optimizer.stats["lr"]) == pytest.approx(0.2, rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:lrkernels. step 15")
 @pytest.mark.parametrize("make", [RUNS["fused-sgd"], RUNS["sgd-onecycle"]], ids=["fused", "torch"])
 def test_states_and_rates_are_restored_in_place(make):
@@ -598,3 +625,8 @@ def test_the_optimizer_is_not_touched_by_a_guard_that_sees_no_harm():
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=f"lrkernels: .*{message}"):
         Guard(SGD(parameters(SHAPES), lr=0.1), **settings)
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="lrkernels: Guard watches an optimizer, got NoneType"):
+        Guard(None)

@@ -497,6 +497,59 @@ def test_skipped_steps_add_nothing_to_a_closed_loop(kind, options, schedule, pre
     assert_same_bits(got, want)
 
 
+WORST = {  # a gradient, and what observe() is given with it
+    "constants": [(1.0, 0.5)],
+    "zeros": [(0.0, 0.0), (1.0, 0.0)],
+    "nan and infinity": [(1.0, 0.3), (math.nan, math.nan), (-2.0, 0.9), (math.inf, math.inf), (1.0, -1.0)],
+    "huge and tiny": [(1e30, 1e30), (1e-30, 1e-30), (-1e30, 0.5)],
+}
+UNBOUNDED = {
+    "alignment": schedules.alignment(kappa=20.0),
+    "alignment at once": schedules.alignment(kappa=20.0, lag=0),
+    "gala": schedules.gala(delta=0.0, mode="consecutive"),
+    "volsched": schedules.volsched(60, window=3, sensitivity=10.0, decay=schedules.constant()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:lrkernels. observe")
+@pytest.mark.parametrize("sequence", WORST.values(), ids=WORST)
+@pytest.mark.parametrize("schedule", UNBOUNDED.values(), ids=UNBOUNDED)
+@pytest.mark.parametrize(("kind", "options"), [*OPTIMIZERS, pytest.param(FusedSGD, {"lr": LR}, id="sgd-plain")])
+def test_no_signal_makes_a_rate_that_is_no_number_or_negative(kind, options, schedule, sequence, backend):
+    """Whatever is watched, until e^710 would be the first factor that is not finite."""
+    first, resting = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [first]}, {"params": [resting], "lr": 0.0}]
+    optimizer = kind(groups, **options, schedule=schedule, backend=backend, history_size=None)
+    for grad, signal in sequence * (60 // len(sequence)):
+        first.grad = torch.full((2,), grad)
+        resting.grad = torch.ones(2)
+        optimizer.observe(signal)
+        optimizer.step()
+    rates = torch.from_numpy(optimizer.history()["lr"])
+    assert rates.isfinite().all()
+    assert (rates >= 0).all()
+    assert torch.equal(resting, torch.ones(2))  # a rate of 0, times whatever was learnt
+
+
+@pytest.mark.parametrize("loop", ["gala", "volsched"])
+def test_a_first_group_at_rate_0_is_said_to_hold_the_others(loop, backend):
+    """Their rates are in proportion to the first one's; nothing is decided, and nothing becomes nan."""
+    first, second = parameters([(3,), (4,)])
+    groups = [{"params": [first], "lr": 0.0}, {"params": [second]}]
+    optimizer = FusedSGD(groups, LR, schedule=CLOSED_LOOPS[loop], backend=backend)
+    before = bits(first)
+    for step, row in enumerate(gradients([(3,), (4,)], 4)):
+        set_grads([first, second], row)
+        optimizer.observe(0.3)
+        if step == 0:
+            with pytest.warns(UserWarning, match="lrkernels: the first group's lr is 0.*put a group that trains first"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert bits(first) == before
+    assert second.isfinite().all()
+
+
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_alignment_with_a_lag_keeps_it_in_two_passes(kind, options, backend):
     def rates(max_norm):

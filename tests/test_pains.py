@@ -1,5 +1,7 @@
 """One test for each thing that hurts users of other fused optimizers, named after what hurts."""
 
+import copy
+import gc
 import math
 import os
 import subprocess
@@ -277,7 +279,7 @@ def test_a_group_for_every_tensor_is_still_one_call(kind, monkeypatch):
     split = kind([{"params": [p], **settings[i % 2]} for i, p in enumerate(params)], max_grad_norm=1.0)
     merged = kind([{"params": twins[i::2], **row} for i, row in enumerate(settings)], max_grad_norm=1.0)
     calls, real = [], ops._C
-    counting = types.SimpleNamespace(run=lambda *args: calls.append(args) or real.run(*args))
+    counting = types.SimpleNamespace(**vars(real) | {"run": lambda *args: calls.append(args) or real.run(*args)})
     monkeypatch.setattr(ops, "_C", counting)
     train(split, params, gradients(shapes, 3))
     assert len(calls) == 3
@@ -350,6 +352,40 @@ def test_the_history_is_the_norm_that_a_user_would_compute(backend):
     train(optimizer, params, grads)
     want = [float(torch.nn.utils.get_total_norm([g.double() for g in row])) for row in grads]
     assert optimizer.history()["grad_norm"].tolist() == pytest.approx(want[-5:], rel=1e-6)
+
+
+def test_the_norm_is_a_tensor_whatever_became_of_the_step(backend):
+    """30: on the path of a skipped step the norm was None, or undefined, and the logger crashed."""
+    params = parameters(SHAPES)
+    optimizer = FusedSGD(params, LR, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+    good = gradients(SHAPES, 1)[0]
+    bad = [torch.full_like(g, math.inf) for g in good]
+    known = []
+    for grads in (None, good, bad, [None] * len(good), good):
+        if grads is not None:
+            train(optimizer, params, [grads])
+        norm = optimizer.stats["grad_norm"]
+        assert isinstance(norm, torch.Tensor)
+        assert norm.shape == ()
+        known.append(bool(norm.isfinite()))
+    assert known == [False, True, False, False, True]
+
+
+def test_steps_with_fresh_tensors_leave_nothing_behind():
+    """16: a table cached by the id of its tensors grew with each step, since every step brings other wrappers."""
+    params = parameters(SHAPES)
+    optimizer = FusedSGD(params, LR, momentum=0.9, track="alignment", prev_grad="swap", history_size=8)
+    grads = gradients(SHAPES, 1)[0]
+
+    def steps(n):
+        for _ in range(n):
+            set_grads(params, [g.clone() for g in grads])
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    assert steps(3) == steps(40)
 
 
 # ---- The rate ----
@@ -473,6 +509,37 @@ def test_accumulation_does_not_advance_the_schedule(backend):
         optimizer.zero_grad()
     assert optimizer.history()["lr"].tolist() == [LR * (1 - step / 10) for step in range(6)]
     assert optimizer.stats["step"] == 6
+
+
+@pytest.mark.parametrize("loop", ["alignment-lag1", "gala", "volsched"])
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_a_learnt_rate_goes_on_after_a_resume_in_groups_of_any_rates(kind, options, loop, backend):
+    """20, 33: others refuse groups of different rates, or keep what was learnt in one, and resume at the first rate."""
+
+    def make():
+        params = parameters(SHAPES)
+        groups = [{"params": [p], "lr": LR * factor} for p, factor in zip(params, (1.0, 0.1, 3.0), strict=True)]
+        return params, kind(groups, **options, schedule=CLOSED_LOOPS[loop], backend=backend)
+
+    def drive(params, optimizer, rows):
+        for step, row in rows:
+            optimizer.observe(0.2 + 0.1 * (step * step % 5))
+            train(optimizer, params, [row])
+        return optimizer
+
+    rows = list(enumerate(gradients(SHAPES, 14)))
+    params, optimizer = make()
+    saved = copy.deepcopy(([p.detach() for p in params], drive(params, optimizer, rows[:9]).state_dict()))
+    drive(params, optimizer, rows[9:])
+    others, resumed = make()
+    with torch.no_grad():
+        for p, value in zip(others, saved[0], strict=True):
+            p.copy_(value)
+    resumed.load_state_dict(saved[1])
+    drive(others, resumed, rows[9:])
+    assert_same_bits(others, params)
+    assert resumed.history()["lr"].tolist() == optimizer.history()["lr"][9:].tolist()
+    assert resumed.history()["lr"][0] != LR  # something was learnt
 
 
 # ---- Refused aloud, with nothing changed ----

@@ -62,7 +62,7 @@ class Alignment:
     @property
     def lr(self) -> float:
         """The rate that the sum stands for."""
-        growth = math.exp(min(self.kappa * self.sum, 700.0))  # e^709 is the last float64
+        growth = math.exp(min(self.kappa * self.sum, 80.0))  # above that no float32 rate is finite
         return min(max(self.lr_0 * growth, self.min_lr), self.max_lr)
 
     def update(self, c: float) -> float:

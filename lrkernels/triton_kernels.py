@@ -1,0 +1,1144 @@
+"""MEASURE, DECIDE, APPLY as one Triton kernel, for GPUs that the binary has no kernels for.
+
+The update rules are made of ``rules.py`` itself, by ``triton.jit``. The decisions are written once more, under the same
+names and in the same order: there they are tensors that replace each other, here slots of memory, as in
+``csrc/rules.h``. ``triton_runner.py`` makes the table of rows and launches.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import zlib
+from collections.abc import Callable
+from enum import IntEnum
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import layout, rules
+
+__all__ = ["CHUNK", "LAYOUT", "Counter", "Dtype", "Field", "step_kernel"]
+
+CHUNK = 16384  # elements: what a program takes at a time; sums are added up in the order of the chunks
+BLOCK = 1024  # elements: a tile, eight for each thread, so that those of 16 bits make 16 bytes
+TAIL = 256  # elements: a tile of what is left over, or not aligned
+
+
+class Field(IntEnum):
+    """A row of the table: one parameter with a gradient. An address is 0 where there is no such tensor."""
+
+    PARAM = 0
+    UPDATED = 1  # what the update works on: the parameter, or its float32 master
+    GRAD = 2
+    STATE0 = 3
+    STATE1 = 4
+    STATE2 = 5
+    PREV_READ = 6
+    PREV_WRITE = 7
+    NUMEL = 8
+    GROUP = 9
+    INDEX = 10  # among all parameters, those without a gradient too
+    FIRST_CHUNK = 11
+    ALIGNED = 12  # every address is a multiple of 16 bytes
+    PARAM_DTYPE = 13
+    UPDATED_DTYPE = 14
+    GRAD_DTYPE = 15
+    STATE_DTYPE = 16
+    PREV_DTYPE = 17
+
+
+class Dtype(IntEnum):
+    """The codes of a row's dtypes, as in ``csrc/kernels.h``."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+    MIXED = 4  # the rows differ
+
+
+class Counter(IntEnum):
+    """The workspace's integers, each in a cache line of its own; all are 0 between two launches."""
+
+    TICKET = 0  # chunks handed out
+    MEASURED = 32  # of the first pass, done
+    DECIDED = 64  # the decision is there to be read
+    LEFT = 96  # programs that have nothing more to do
+
+
+# Triton reads a number behind a module's name, but not behind a class's: so each enum becomes a module here.
+
+
+def _module(name: str, members: dict[str, int]) -> Any:
+    module = ModuleType(name)
+    known = int if triton.knobs.runtime.interpret else tl.constexpr
+    module.__dict__.update({key: known(value) for key, value in members.items()})
+    return module
+
+
+def _slots(kind: Any, start: int = 0) -> Any:
+    return _module(kind.__name__, {name: start + int(slot) for name, slot in kind.__members__.items()})
+
+
+_Control, _Setting, _Hyper, _Count = map(_slots, (layout.Control, layout.Setting, layout.Hyper, layout.Count))
+_Loop, _Rule, _Measure, _Verb = map(_slots, (layout.ClosedLoopKind, layout.Rule, layout.Measure, layout.Verb))
+_Field, _Dtype, _Counter = map(_slots, (Field, Dtype, Counter))
+_Sum = _slots(layout.Sum, layout.SUMS_AT)  # as in the control tensor, like _Stat
+_Stat = _module("Stat", {name.upper(): layout.STATS_AT + i for i, name in enumerate(layout.STATS)})
+_Size = _module(
+    "Size",
+    {
+        "STATS_AT": layout.STATS_AT,
+        "STATS": len(layout.STATS),
+        "SUMS_AT": layout.SUMS_AT,
+        "RING_AT": layout.RING_AT,
+        "SETTINGS": len(layout.Setting),
+        "HYPERS": layout.HYPERS,
+        "COUNTS": len(layout.Count),
+        "FIELDS": len(Field),
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+        "TAIL": TAIL,
+    },
+)
+_MODULES = (_Control, _Setting, _Hyper, _Count, _Loop, _Rule, _Measure, _Verb, _Field, _Dtype, _Counter, _Sum, _Stat)
+#: Triton's cache of compiled kernels does not see those numbers: this argument of the kernel stands for all of them.
+LAYOUT = zlib.crc32(str([sorted(m.__dict__.items(), key=str) for m in (*_MODULES, _Size)]).encode())
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rules of rules.py, and what they are written in. No multiply-add is fused but where it says fma; a quotient and a
+# root of float32 are rounded correctly, which Triton's own are not.
+
+
+@triton.jit
+def cast(value, like):
+    """A coefficient in the dtype of ``like``, rounded once."""
+    return tl.cast(value, like.dtype)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c, rounded once."""
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def sqrt(a):
+    """The correctly rounded root."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
+def divide(a, b):
+    """The correctly rounded quotient."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def maximum(a, b):
+    """As torch's: NaN if one of them is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent, for a base >= 0."""
+    return tl.exp(exponent * tl.log(base))
+
+
+@triton.jit
+def where(condition, a, b):
+    """One or the other."""
+    return tl.where(condition, a, b)
+
+
+def _device_function(rule: Callable[..., Any]) -> Any:
+    """Return the rule for the GPU: the same source without its types, in which the names above are Triton's."""
+    tree = ast.parse(inspect.getsource(rule))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+    source, file = ast.unparse(tree), f"<{rule.__module__}.{rule.__name__} for Triton>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # where Triton looks for it
+    words = {f.__name__: f for f in (cast, fma, sqrt, divide, maximum, power, where)}
+    names = {
+        "__name__": __name__,
+        **words,
+        "tl": tl,
+        "float64": tl.float64,
+        "LOW": tl.constexpr(rules.LOW),
+        "Hyper": _Hyper,
+    }
+    exec(compile(source, file, "exec"), names)
+    return triton.jit(names[rule.__name__])
+
+
+sgd_step = _device_function(rules.sgd_step)
+adamw_step = _device_function(rules.adamw_step)
+adamw_direction = _device_function(rules.adamw_direction)
+mix = _device_function(rules.mix)  # of unsigned 32-bit integers here
+
+
+@triton.jit
+def random_key(step, row):
+    """One for each parameter and step."""
+    return mix(mix(step.to(tl.int64).to(tl.uint32)) + row.to(tl.uint32))
+
+
+@triton.jit
+def random_bits(key, element):
+    """32 bits for each element, counted through the parameter's memory."""
+    return mix(mix(element.to(tl.uint32)) ^ key ^ (element >> 32).to(tl.uint32))
+
+
+@triton.jit
+def to_bfloat16_at_random(x, random):
+    """Round float32 to bfloat16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7FFFFFFF) < 0x7F800000
+    rounded = tl.where(finite, bits + (random & 0xFFFF), bits) >> 16
+    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def to_float16_at_random(x, random):
+    """Round float32 to float16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 16) & 0x8000
+    magnitude = bits & 0x7FFFFFFF
+    special = tl.where(x != x, 0x7E00, 0x7C00).to(tl.uint32)
+    normal = (magnitude - 0x38000000 + (random & 0x1FFF)) >> 13
+    is_normal = magnitude >= 0x38800000
+    steps = tl.where(is_normal, 0.0, tl.abs(x)) * 16777216.0  # below 2^-14 the values are 2^-24 apart
+    whole = tl.floor(steps)
+    subnormal = whole.to(tl.uint32) + ((steps - whole) * 65536.0 > (random & 0xFFFF).to(tl.float32)).to(tl.uint32)
+    half = tl.where(magnitude >= 0x47800000, special, tl.where(is_normal, normal, subnormal))
+    return (sign | half).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DECIDE: float64 scalars. All threads of a program hold them and one thread stores, so a function loads all it needs
+# before it stores anything, and a barrier stands between two of which one loads what the other stored.
+
+
+@triton.jit
+def is_finite(x):
+    """Neither infinite nor NaN."""
+    return x - x == 0
+
+
+@triton.jit
+def clamp(x, low, high):
+    """Between ``low`` and ``high``; NaN stays."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def clip_factor(norm, max_norm):
+    """``torch.nn.utils.clip_grad_norm_``: min(1, max_norm / (norm + 1e-6))."""
+    factor = max_norm / (norm + 1e-6)
+    return tl.where(factor > 1.0, 1.0, factor)
+
+
+@triton.jit
+def cosine(dot, a_sq, b_sq):
+    """<a, b> / (|a| |b|); 0 where a norm is zero or anything is not finite."""
+    value = dot / (sqrt(a_sq) * sqrt(b_sq))
+    return tl.where(is_finite(value), value, 0.0)
+
+
+@triton.jit
+def at(table, size, step):
+    """The multiplier of an open-loop schedule, tabulated: its last value stays."""
+    last = size - 1
+    return tl.load(table + tl.where(step < last, step, last).to(tl.int64))
+
+
+@triton.jit
+def rate(lr, multiplier, factor, settings):
+    """The rate of a group: its own lr times the closed loop's factor times the open-loop multiplier."""
+    looped = lr * factor
+    bounded = clamp(looped, tl.load(settings + _Setting.MIN_LR), tl.load(settings + _Setting.MAX_LR))
+    return tl.where(tl.load(settings + _Setting.CLOSED_LOOP) == _Loop.ALIGNMENT, bounded, looped) * multiplier
+
+
+@triton.jit
+def alignment_factor(control, settings, direction_cosine):
+    """Ours: exponentiated gradient on the normalised alignment, log factor += kappa (c + bias)."""
+    step = tl.load(control + _Control.STEP)
+    log_factor = tl.load(control + _Control.LOG_FACTOR)
+    increment = tl.load(settings + _Setting.KAPPA) * (direction_cosine + tl.load(settings + _Setting.BIAS))
+    counts = (step > 0) & (step < tl.load(settings + _Setting.FREEZE_AFTER))
+    log_factor = tl.where(counts, log_factor + increment, log_factor)
+    tl.store(control + _Control.LOG_FACTOR, log_factor)
+    return tl.exp(tl.where(log_factor < 80.0, log_factor, 80.0))  # above that no float32 rate is finite
+
+
+@triton.jit
+def gala_factor(control, settings, sums, RULE: tl.constexpr):
+    """Jiang, Kavis, Mokhtari 2025: lr = (delta lr_0 + sum a) / (delta + sum b), a = <g', g>, b = L |g|^2."""
+    _, _, dot_direction, direction_sq, dot_prev, _, diff_sq, _ = sums
+    delta, lr0 = tl.load(settings + _Setting.DELTA), tl.load(control + _Control.FIRST_LR)
+    started = tl.load(control + _Control.STEP) > 0
+    numerator, denominator = tl.load(control + _Control.NUMERATOR), tl.load(control + _Control.DENOMINATOR)
+    held = tl.load(control + _Control.NEXT_FACTOR)
+    smoothness = sqrt(diff_sq) / sqrt(tl.load(control + _Control.LAST_MOVE_SQ))
+    smoothness = tl.where(started & is_finite(smoothness), smoothness, tl.load(control + _Control.SMOOTHNESS))
+    normalize = tl.load(settings + _Setting.NORMALIZE) != 0
+    unit = tl.where(normalize, sqrt(direction_sq), 1.0)
+    a, length_sq = dot_direction / unit, direction_sq / (unit * unit)
+    if RULE == _Rule.SGD:
+        a = tl.where(normalize, a, dot_prev)
+        length_sq = tl.where(normalize, length_sq, tl.load(control + _Control.LAST_GRAD_SQ))
+    b = smoothness * length_sq
+    counts = started & is_finite(a) & is_finite(b)
+    numerator = tl.where(counts, numerator + a, numerator)
+    denominator = tl.where(counts, denominator + b, denominator)
+    tl.store(control + _Control.SMOOTHNESS, smoothness)
+    tl.store(control + _Control.NUMERATOR, numerator)
+    tl.store(control + _Control.DENOMINATOR, denominator)
+    lr = (delta * lr0 + numerator) / (delta + denominator)
+    factor = clamp(lr, tl.load(settings + _Setting.MIN_LR), tl.load(settings + _Setting.MAX_LR)) / lr0
+    return tl.where(is_finite(factor), factor, held)
+
+
+@triton.jit
+def direction_length(sums, hyper):
+    """|momentum m + (1 - dampening) g|, the length of SGD's next buffer; 1 where it is 0 or not finite."""
+    grad_sq, _, dot_direction, direction_sq, _, _, _, _ = sums
+    momentum = tl.load(hyper + _Hyper.MOMENTUM)
+    undampened = 1.0 - tl.load(hyper + _Hyper.DAMPENING)
+    square = momentum * momentum * direction_sq + 2.0 * momentum * undampened * dot_direction
+    square = square + undampened * undampened * grad_sq
+    length = sqrt(tl.where(momentum != 0, square, grad_sq))
+    return tl.where((length > 0) & is_finite(length), length, 1.0)
+
+
+@triton.jit
+def log_return(ring, capacity, signals, count, i):
+    """r = ln(x / the one before) of the last ``count`` values of the ring; 0 beyond."""
+    counts = i < count
+    newest = signals - 1 - tl.where(counts, i, 0)
+    return tl.log(tl.load(ring + newest % capacity) / tl.load(ring + (newest + capacity - 1) % capacity)), counts
+
+
+@triton.jit
+def volatility(ring, capacity, signals, count):
+    """std(r_i, ddof = 1) of the last ``count`` log-returns in the ring of signals."""
+    mean = tl.full((), 0.0, tl.float64)
+    for start in range(0, count, _Size.BLOCK):
+        r, counts = log_return(ring, capacity, signals, count, start + tl.arange(0, _Size.BLOCK))
+        mean += tl.sum(tl.where(counts, r, 0.0)) / count
+    squares = tl.full((), 0.0, tl.float64)
+    for start in range(0, count, _Size.BLOCK):
+        r, counts = log_return(ring, capacity, signals, count, start + tl.arange(0, _Size.BLOCK))
+        squares += tl.sum(tl.where(counts, (r - mean) * (r - mean), 0.0))
+    return sqrt(squares / (count - 1))
+
+
+@triton.jit
+def volatility_multiplier(control, settings):
+    """Ren 2025: M = 1 + sign(rho - 1) ln(1 + w |rho - 1|), rho = std(all) / std(last N)."""
+    capacity = tl.load(settings + _Setting.CAPACITY).to(tl.int64)
+    window = tl.load(settings + _Setting.WINDOW).to(tl.int64)
+    signals = tl.load(control + _Control.SIGNALS).to(tl.int64)
+    returns = tl.minimum(signals, capacity) - 1
+    multiplier = tl.full((), 1.0, tl.float64)
+    if returns >= window:
+        ring = control + _Size.RING_AT
+        away = volatility(ring, capacity, signals, returns) / volatility(ring, capacity, signals, window) - 1.0
+        change = tl.log(1.0 + tl.load(settings + _Setting.SENSITIVITY) * tl.abs(away))
+        moved = 1.0 + tl.where(away > 0, change, -change)
+        multiplier = tl.where(is_finite(moved), moved, 1.0)
+    return multiplier
+
+
+@triton.jit
+def volsched_factor(control, settings, decay, decay_size, step):
+    """Every N steps lr <- max(lr_min, lr M A), A = s(e) / s(e - N); linear warm-up first."""
+    lr0, held = tl.load(control + _Control.FIRST_LR), tl.load(control + _Control.NEXT_FACTOR)
+    warmup, window = tl.load(settings + _Setting.WARMUP_STEPS), tl.load(settings + _Setting.WINDOW)
+    start = tl.load(settings + _Setting.WARMUP_START)
+    elapsed = step - warmup
+    factor = held
+    if elapsed < 0:
+        factor = start + (1.0 - start) * tl.where(warmup > 1, step / (warmup - 1.0), 1.0)
+    elif elapsed == 0:
+        factor = tl.full((), 1.0, tl.float64)
+    elif (elapsed.to(tl.int64) % window.to(tl.int64) == 0) & (elapsed - window < decay_size - 1):
+        before = at(decay, decay_size, elapsed - window)
+        fall = tl.where(before == 0, 0.0, at(decay, decay_size, elapsed) / before)
+        lr = lr0 * held * volatility_multiplier(control, settings) * fall
+        moved = clamp(lr, tl.load(settings + _Setting.MIN_LR), tl.load(settings + _Setting.MAX_LR)) / lr0
+        factor = tl.where(lr0 != 0, moved, held)
+    return factor
+
+
+@triton.jit
+def begin(control, skip):
+    """Start a step: the factor decided so far, no clip, and whether the gradient scaler wants it skipped."""
+    tl.store(control + _Control.FACTOR, tl.load(control + _Control.NEXT_FACTOR))
+    tl.store(control + _Control.CLIP, 1.0)
+    tl.store(control + _Control.LENGTH, 1.0)
+    tl.store(control + _Control.SKIP, tl.where(skip, 1.0, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def decide(control, settings, hyper, sums, RULE: tl.constexpr, TWO_PASS: tl.constexpr):
+    """What the sums say: the statistics, the clip, the length, whether to skip, the closed loop's next factor."""
+    grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, _ = sums
+    skip = tl.load(control + _Control.SKIP) != 0
+    finite = is_finite(grad_sq)
+    skip = skip | ((tl.load(settings + _Setting.SKIP_NONFINITE) != 0) & (finite == 0))
+    norm = sqrt(grad_sq)
+    max_norm = tl.load(settings + _Setting.MAX_GRAD_NORM)
+    curvature = sqrt(diff_sq) / sqrt(tl.load(control + _Control.LAST_MOVE_SQ))
+    direction_cosine = cosine(dot_direction, grad_sq, direction_sq)
+    tl.store(control + _Stat.GRAD_NORM, norm)
+    tl.store(control + _Stat.GRAD_NORM_L1, grad_abs)
+    tl.store(control + _Stat.DIRECTION_COSINE, direction_cosine)
+    tl.store(control + _Stat.ALIGNMENT, dot_prev)
+    tl.store(control + _Stat.COSINE, cosine(dot_prev, grad_sq, prev_sq))
+    tl.store(control + _Stat.CURVATURE, tl.where(is_finite(curvature), curvature, 0.0))
+    tl.store(control + _Control.SKIP, tl.where(skip, 1.0, 0.0))
+    if skip == 0:
+        if is_finite(max_norm):
+            tl.store(control + _Control.CLIP, clip_factor(norm, max_norm))
+        if tl.load(settings + _Setting.NORMALIZE) != 0:
+            tl.store(control + _Control.LENGTH, direction_length(sums, hyper))
+        loop = tl.load(settings + _Setting.CLOSED_LOOP)
+        if finite & ((loop == _Loop.ALIGNMENT) | (loop == _Loop.GALA)):
+            if loop == _Loop.ALIGNMENT:
+                factor = alignment_factor(control, settings, direction_cosine)
+            else:
+                factor = gala_factor(control, settings, sums, RULE)
+            tl.store(control + _Control.NEXT_FACTOR, factor)
+            if TWO_PASS:
+                if tl.load(settings + _Setting.LAG) == 0:
+                    tl.store(control + _Control.FACTOR, factor)
+    tl.debug_barrier()
+
+
+@triton.jit
+def finish(control, settings, decay, decay_size, history, history_size, lr0, multiplier):
+    """Advance the counters, take the observed signal, write the history's row. A skipped step only counts itself."""
+    signal = tl.load(control + _Control.SIGNAL)
+    skip = tl.load(control + _Control.SKIP)
+    skipped = tl.load(control + _Control.SKIPPED) + skip
+    step = tl.load(control + _Control.STEP) + 1.0
+    rows = tl.load(control + _Control.ROWS)
+    signals = tl.load(control + _Control.SIGNALS)
+    grad_sq, move_sq = tl.load(control + _Sum.GRAD_SQ), tl.load(control + _Sum.MOVE_SQ)
+    applied = rate(lr0, multiplier, tl.load(control + _Control.FACTOR), settings)
+    clip = tl.load(control + _Control.CLIP)
+    tl.debug_barrier()
+    tl.store(control + _Control.SIGNAL, float("nan"))
+    tl.store(control + _Stat.CLIP, clip)
+    tl.store(control + _Stat.LR, applied)
+    tl.store(control + _Stat.SKIPPED, skipped)
+    tl.store(control + _Control.SKIPPED, skipped)
+    if skip == 0:
+        tl.store(control + _Stat.STEP, step)
+        tl.store(control + _Control.STEP, step)
+        tl.store(control + _Control.LAST_GRAD_SQ, grad_sq)
+        tl.store(control + _Control.LAST_MOVE_SQ, move_sq)
+        tl.store(control + _Control.ROWS, rows + 1.0)
+        if tl.load(settings + _Setting.CLOSED_LOOP) == _Loop.VOL_SCHED:
+            if is_finite(signal):
+                slot = signals.to(tl.int64) % tl.load(settings + _Setting.CAPACITY).to(tl.int64)
+                floor = tl.full((), 1e-8, tl.float64)
+                tl.store(control + _Size.RING_AT + slot, tl.where(signal > floor, signal, floor))
+                tl.store(control + _Control.SIGNALS, signals + 1.0)
+            tl.debug_barrier()
+            factor = volsched_factor(control, settings, decay, decay_size, step)
+            tl.debug_barrier()
+            tl.store(control + _Control.NEXT_FACTOR, factor)
+        tl.debug_barrier()
+        stat = tl.arange(0, 16)
+        values = tl.load(control + _Size.STATS_AT + stat, mask=stat < _Size.STATS)
+        row = history + rows.to(tl.int64) % history_size * _Size.STATS
+        tl.store(row + stat, values, mask=stat < _Size.STATS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tiles: load, measure, apply the rule, store.
+
+
+class Step(NamedTuple):
+    """What all chunks share. What is in capitals is known to the compiler."""
+
+    control: Any
+    counts: Any
+    lr: Any
+    table: Any
+    table_size: Any
+    decay: Any
+    decay_size: Any
+    history: Any
+    history_size: Any
+    found_inf: Any
+    grad_scale: Any
+    settings: Any
+    hypers: Any
+    rows: Any
+    chunk_rows: Any
+    n_rows: Any
+    counters: Any
+    partials: Any
+    chunks: Any
+    most: Any  # chunks that one program takes
+    RULE: Any
+    STATES: Any  # how many kinds of states there are
+    KEPT: Any  # whether there are previous gradients
+    MASTERS: Any
+    AT_RANDOM: Any
+    WIDE: Any  # whether parameters are float64; MIXED where rows differ
+    PARAM: Any  # codes of dtypes; MIXED where rows differ
+    UPDATED: Any
+    GRAD: Any
+    STATE: Any
+    PREV: Any
+
+
+class Job(NamedTuple):
+    """What the tiles of one chunk need besides their memory."""
+
+    hyper: Any  # the group's row
+    lr: Any
+    length: Any
+    scale: Any  # the clip, and the sign
+    unscale: Any  # of a gradient scaler; or None
+    updates: Any
+    key: Any  # for rounding at random
+
+
+class Row(NamedTuple):
+    """A row of the table, its fields as in ``Field``."""
+
+    param: Any
+    updated: Any
+    grad: Any
+    state0: Any
+    state1: Any
+    state2: Any
+    prev_read: Any  # 0 too while nothing has been kept
+    prev_write: Any
+    param_dtype: Any
+    updated_dtype: Any
+    grad_dtype: Any
+    state_dtype: Any
+    prev_dtype: Any
+
+
+@triton.jit
+def mask_of(inside, address, BLOCK: tl.constexpr):
+    """Where to read or write an optional tensor: ``inside`` the row (None: all of the tile), if it is there at all."""
+    there = tl.full([BLOCK], address, tl.int64) != 0
+    if inside is None:
+        return there
+    else:
+        return there & inside
+
+
+@triton.jit
+def pointer(address, offset, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The addresses of a tile."""
+    base = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base + offset + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_as(address, offset, mask, DTYPE: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of ``DTYPE``, in ``TYPE``."""
+    source = pointer(address, offset, DTYPE, ALIGNED, BLOCK)
+    if mask is None:
+        return tl.load(source).to(TYPE)
+    else:
+        return tl.load(source, mask=mask, other=0.0).to(TYPE)
+
+
+@triton.jit
+def load(address, dtype, offset, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile in ``TYPE``, the arithmetic's. Where all rows have one dtype, the compiler knows it and drops the ifs."""
+    if dtype == _Dtype.FLOAT32:
+        values = load_as(address, offset, mask, tl.float32, TYPE, ALIGNED, BLOCK)
+    elif dtype == _Dtype.BFLOAT16:
+        values = load_as(address, offset, mask, tl.bfloat16, TYPE, ALIGNED, BLOCK)
+    elif dtype == _Dtype.FLOAT16:
+        values = load_as(address, offset, mask, tl.float16, TYPE, ALIGNED, BLOCK)
+    else:
+        values = load_as(address, offset, mask, tl.float64, TYPE, ALIGNED, BLOCK)
+    return values
+
+
+@triton.jit
+def rounded(values, key, element, DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr):
+    """The values in ``DTYPE``."""
+    if DTYPE == values.dtype:
+        return values
+    elif AT_RANDOM and DTYPE == tl.bfloat16:
+        return to_bfloat16_at_random(values, random_bits(key, element))
+    elif AT_RANDOM and DTYPE == tl.float16:
+        return to_float16_at_random(values, random_bits(key, element))
+    elif DTYPE == tl.float64:
+        return values.to(tl.float64)
+    else:
+        return values.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def store_as(
+    address,
+    offset,
+    values,
+    key,
+    mask,
+    DTYPE: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a tile in ``DTYPE``; returns what is in memory then."""
+    stored = rounded(values, key, offset + tl.arange(0, BLOCK), DTYPE, AT_RANDOM)
+    tl.store(pointer(address, offset, DTYPE, ALIGNED, BLOCK), stored, mask=mask)
+    return stored.to(values.dtype)
+
+
+@triton.jit
+def store(
+    address,
+    dtype,
+    offset,
+    values,
+    key,
+    mask,
+    AT_RANDOM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a tile; returns what is in memory then."""
+    if dtype == _Dtype.FLOAT32:
+        stored = store_as(address, offset, values, key, mask, tl.float32, AT_RANDOM, ALIGNED, BLOCK)
+    elif dtype == _Dtype.BFLOAT16:
+        stored = store_as(address, offset, values, key, mask, tl.bfloat16, AT_RANDOM, ALIGNED, BLOCK)
+    elif dtype == _Dtype.FLOAT16:
+        stored = store_as(address, offset, values, key, mask, tl.float16, AT_RANDOM, ALIGNED, BLOCK)
+    else:
+        stored = store_as(address, offset, values, key, mask, tl.float64, AT_RANDOM, ALIGNED, BLOCK)
+    return stored
+
+
+@triton.jit
+def add(sum, values):
+    """Add float64 values to lanes, four neighbours to one: those that one thread holds, in registers."""
+    return sum + tl.sum(tl.reshape(values, [values.shape[0] // 4, 4]), 1)
+
+
+@triton.jit
+def run_tile(
+    step,
+    row,
+    job,
+    sums,
+    offset,
+    inside,
+    MEASURE: tl.constexpr,
+    MOVE: tl.constexpr,
+    APPLY: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Measure and update one tile of a row: all of it, or what is ``inside``. Returns the sums."""
+    DIRECTED: tl.constexpr = MEASURE & _Measure.DIRECTION != 0
+    STATES: tl.constexpr = step.STATES if APPLY or DIRECTED else 0
+    hyper = job.hyper
+    amsgrad = hyper[_Hyper.AMSGRAD] != 0
+
+    grad = load(row.grad, row.grad_dtype, offset, inside, TYPE, ALIGNED, BLOCK)
+    if job.unscale is not None:
+        grad = grad * cast(job.unscale, grad)
+    param = tl.zeros([BLOCK], TYPE)
+    state0, state1, state2, prev = param, param, param, param
+    if STATES > 0:
+        mask = mask_of(inside, row.state0, BLOCK)
+        state0 = load(row.state0, row.state_dtype, offset, mask, TYPE, ALIGNED, BLOCK)
+    if STATES > 1:
+        state1 = load(row.state1, row.state_dtype, offset, inside, TYPE, ALIGNED, BLOCK)
+    if STATES > 2:
+        mask = mask_of(inside, row.state2, BLOCK)
+        state2 = load(row.state2, row.state_dtype, offset, mask, TYPE, ALIGNED, BLOCK)
+    if MEASURE != 0 and step.KEPT:
+        mask = mask_of(inside, row.prev_read, BLOCK)
+        prev = load(row.prev_read, row.prev_dtype, offset, mask, TYPE, ALIGNED, BLOCK)
+    if APPLY:
+        param = load(row.updated, row.updated_dtype, offset, inside, TYPE, ALIGNED, BLOCK)
+
+    grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, move_sq = sums
+    if MEASURE != 0:
+        g, q = grad.to(tl.float64), prev.to(tl.float64)
+        grad_sq = add(grad_sq, g * g)
+        grad_abs = add(grad_abs, tl.abs(g))
+        if DIRECTED:
+            if step.RULE == _Rule.ADAMW:
+                direction = adamw_direction(state0, tl.where(amsgrad, state2, state1), hyper, job.updates)
+            else:
+                direction = tl.where(hyper[_Hyper.MOMENTUM] != 0, state0, prev)
+            if inside is not None:
+                direction = tl.where(inside, direction, 0.0)
+            d = direction.to(tl.float64)
+            dot_direction = add(dot_direction, g * d)
+            direction_sq = add(direction_sq, d * d)
+        if step.KEPT:
+            difference = tl.where(row.prev_read != 0, g - q, 0.0)
+            dot_prev = add(dot_prev, g * q)
+            prev_sq = add(prev_sq, q * q)
+            diff_sq = add(diff_sq, difference * difference)
+
+    if APPLY:
+        if step.KEPT:
+            tl.debug_barrier()  # the last gradient has been read, by whichever thread
+            mask = mask_of(inside, row.prev_write, BLOCK)
+            store(row.prev_write, row.prev_dtype, offset, grad, job.key, mask, False, ALIGNED, BLOCK)
+        scaled = grad * cast(job.scale, grad)
+        if step.RULE == _Rule.ADAMW:
+            if STATES > 2:
+                if amsgrad:
+                    new, state0, state1, state2 = adamw_step(
+                        param, scaled, state0, state1, state2, hyper, job.lr, job.length, job.updates
+                    )
+                else:
+                    new, state0, state1, _ = adamw_step(
+                        param, scaled, state0, state1, None, hyper, job.lr, job.length, job.updates
+                    )
+            else:
+                new, state0, state1, _ = adamw_step(
+                    param, scaled, state0, state1, None, hyper, job.lr, job.length, job.updates
+                )
+        else:
+            if STATES > 0:
+                if hyper[_Hyper.MOMENTUM] != 0:
+                    new, state0 = sgd_step(param, scaled, state0, hyper, job.lr, job.length, job.updates)
+                else:
+                    new, _ = sgd_step(param, scaled, None, hyper, job.lr, job.length, job.updates)
+            else:
+                new, _ = sgd_step(param, scaled, None, hyper, job.lr, job.length, job.updates)
+        if STATES > 0:
+            mask = mask_of(inside, row.state0, BLOCK)
+            store(row.state0, row.state_dtype, offset, state0, job.key, mask, False, ALIGNED, BLOCK)
+        if STATES > 1:
+            store(row.state1, row.state_dtype, offset, state1, job.key, inside, False, ALIGNED, BLOCK)
+        if STATES > 2:
+            mask = mask_of(inside, row.state2, BLOCK)
+            store(row.state2, row.state_dtype, offset, state2, job.key, mask, False, ALIGNED, BLOCK)
+        stored = store(row.updated, row.updated_dtype, offset, new, job.key, inside, step.AT_RANDOM, ALIGNED, BLOCK)
+        if step.MASTERS:
+            mask = mask_of(inside, row.param - row.updated, BLOCK)
+            store(row.param, row.param_dtype, offset, stored, job.key, mask, False, ALIGNED, BLOCK)
+        if MOVE:
+            moved = stored.to(tl.float64) - param.to(tl.float64)
+            if inside is not None:
+                moved = tl.where(inside, moved, 0.0)
+            move_sq = add(move_sq, moved * moved)
+    return grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, move_sq
+
+
+@triton.jit
+def run_chunk(
+    step,
+    row,
+    job,
+    begin,
+    end,
+    aligned,
+    partials,
+    MEASURE: tl.constexpr,
+    MOVE: tl.constexpr,
+    APPLY: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Measure and update one chunk of a row; its sums go to ``partials``."""
+    BLOCK: tl.constexpr = _Size.BLOCK * 32 // TYPE.primitive_bitwidth
+    TAIL: tl.constexpr = _Size.TAIL
+    zero = tl.zeros([BLOCK // 4], tl.float64)
+    fast = (zero, zero, zero, zero, zero, zero, zero, zero)
+    zero = tl.zeros([TAIL // 4], tl.float64)
+    slow = (zero, zero, zero, zero, zero, zero, zero, zero)
+    whole = tl.where(aligned, end // BLOCK * BLOCK, begin)  # sixteen bytes at once up to here
+    for offset in range(begin, whole, BLOCK):
+        offset = tl.multiple_of(offset, BLOCK)
+        fast = run_tile(step, row, job, fast, offset, None, MEASURE, MOVE, APPLY, TYPE, True, BLOCK)
+    for offset in range(whole, end, TAIL):
+        inside = offset + tl.arange(0, TAIL) < end
+        slow = run_tile(step, row, job, slow, offset, inside, MEASURE, MOVE, APPLY, TYPE, False, TAIL)
+    # The direction already points uphill where the gradient is maximised; a previous gradient does not.
+    uphill = (job.hyper[_Hyper.MAXIMIZE] != 0) & ((step.RULE == _Rule.ADAMW) | (job.hyper[_Hyper.MOMENTUM] != 0))
+    sign = tl.where(uphill, -1.0, 1.0)
+    if MEASURE != 0:
+        tl.store(partials + 0 * step.chunks, tl.sum(fast[0]) + tl.sum(slow[0]))
+        tl.store(partials + 1 * step.chunks, tl.sum(fast[1]) + tl.sum(slow[1]))
+        if MEASURE & _Measure.DIRECTION != 0:
+            tl.store(partials + 2 * step.chunks, sign * (tl.sum(fast[2]) + tl.sum(slow[2])))
+            tl.store(partials + 3 * step.chunks, tl.sum(fast[3]) + tl.sum(slow[3]))
+        if step.KEPT:
+            tl.store(partials + 4 * step.chunks, tl.sum(fast[4]) + tl.sum(slow[4]))
+            tl.store(partials + 5 * step.chunks, tl.sum(fast[5]) + tl.sum(slow[5]))
+            tl.store(partials + 6 * step.chunks, tl.sum(fast[6]) + tl.sum(slow[6]))
+    if MOVE:
+        tl.store(partials + 7 * step.chunks, tl.sum(fast[7]) + tl.sum(slow[7]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The launch
+
+
+@triton.jit
+def add_up(partials, chunks):
+    """One sum over all chunks, in one order."""
+    lanes = tl.zeros([_Size.BLOCK], tl.float64)
+    for start in range(0, chunks, _Size.BLOCK):
+        chunk = start + tl.arange(0, _Size.BLOCK)
+        lanes += tl.load(partials + chunk, mask=chunk < chunks, other=0.0)
+    return tl.sum(lanes)
+
+
+@triton.jit
+def take_sums(control, partials, chunks, skip, MEASURE: tl.constexpr, KEPT: tl.constexpr):
+    """The chunks' sums, also into the control tensor; a skipped step has measured nothing."""
+    nothing = tl.where(skip, float("nan"), 0.0).to(tl.float64)
+    grad_sq, grad_abs, dot_direction, direction_sq = nothing, nothing, nothing, nothing
+    dot_prev, prev_sq, diff_sq = nothing, nothing, nothing
+    if (MEASURE != 0) & (skip == 0):
+        grad_sq = add_up(partials, chunks)
+        grad_abs = add_up(partials + chunks, chunks)
+        if MEASURE & _Measure.DIRECTION != 0:
+            dot_direction = add_up(partials + 2 * chunks, chunks)
+            direction_sq = add_up(partials + 3 * chunks, chunks)
+        if KEPT:
+            dot_prev = add_up(partials + 4 * chunks, chunks)
+            prev_sq = add_up(partials + 5 * chunks, chunks)
+            diff_sq = add_up(partials + 6 * chunks, chunks)
+    tl.store(control + _Sum.GRAD_SQ, grad_sq)
+    tl.store(control + _Sum.GRAD_ABS, grad_abs)
+    tl.store(control + _Sum.DOT_DIRECTION, dot_direction)
+    tl.store(control + _Sum.DIRECTION_SQ, direction_sq)
+    tl.store(control + _Sum.DOT_PREV, dot_prev)
+    tl.store(control + _Sum.PREV_SQ, prev_sq)
+    tl.store(control + _Sum.DIFF_SQ, diff_sq)
+    return grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, nothing
+
+
+@triton.jit
+def load_sums(control):
+    """The sums that an earlier call has left, or an all-reduce."""
+    sums = control + _Size.SUMS_AT
+    return (
+        tl.load(sums),
+        tl.load(sums + 1),
+        tl.load(sums + 2),
+        tl.load(sums + 3),
+        tl.load(sums + 4),
+        tl.load(sums + 5),
+        tl.load(sums + 6),
+        tl.load(sums + 7),
+    )
+
+
+@triton.jit
+def advance(counts, rows, n_rows):
+    """Every parameter that had a gradient has been updated once more, and has a previous gradient."""
+    for start in range(0, n_rows, _Size.BLOCK):
+        row = start + tl.arange(0, _Size.BLOCK)
+        inside = row < n_rows
+        count = counts + tl.load(rows + row * _Size.FIELDS + _Field.INDEX, mask=inside, other=0) * _Size.COUNTS
+        updates = tl.load(count + _Count.UPDATES, mask=inside, other=0.0)
+        tl.store(count + _Count.UPDATES, updates + 1.0, mask=inside)
+        tl.store(count + _Count.HAS_PREV, 1.0, mask=inside)
+
+
+@triton.jit
+def run_row(
+    step,
+    row,
+    job,
+    chunk,
+    begin,
+    end,
+    aligned,
+    MEASURE: tl.constexpr,
+    MOVE: tl.constexpr,
+    APPLY: tl.constexpr,
+):
+    """Run one chunk in the arithmetic of its parameter."""
+    partials = step.partials + chunk
+    wide = row.param_dtype == _Dtype.FLOAT64
+    if step.WIDE == _Dtype.MIXED:
+        if wide:
+            run_chunk(step, row, job, begin, end, aligned, partials, MEASURE, MOVE, APPLY, tl.float64)
+        else:
+            run_chunk(step, row, job, begin, end, aligned, partials, MEASURE, MOVE, APPLY, tl.float32)
+    elif step.WIDE:
+        run_chunk(step, row, job, begin, end, aligned, partials, MEASURE, MOVE, APPLY, tl.float64)
+    else:
+        run_chunk(step, row, job, begin, end, aligned, partials, MEASURE, MOVE, APPLY, tl.float32)
+
+
+@triton.jit
+def run(step, chunk, MEASURE: tl.constexpr, MOVE: tl.constexpr, APPLY: tl.constexpr, BEGUN: tl.constexpr):
+    """Read what belongs to one chunk, and run it. BEGUN: begin() has been called, as it is not yet in one pass."""
+    row = step.rows + tl.load(step.chunk_rows + chunk) * _Size.FIELDS
+    group = tl.load(row + _Field.GROUP)
+    index = tl.load(row + _Field.INDEX)
+    count = step.counts + index * _Size.COUNTS
+    hyper = step.hypers + group * _Size.HYPERS
+    hyper = (
+        tl.load(hyper),
+        tl.load(hyper + 1),
+        tl.load(hyper + 2),
+        tl.load(hyper + 3),
+        tl.load(hyper + 4),
+        tl.load(hyper + 5),
+        tl.load(hyper + 6),
+    )
+    position = tl.load(step.control + _Control.STEP)
+    multiplier = at(step.table, step.table_size, position)
+    if BEGUN:
+        factor = tl.load(step.control + _Control.FACTOR)
+        clip, length = tl.load(step.control + _Control.CLIP), tl.load(step.control + _Control.LENGTH)
+    else:
+        factor = tl.load(step.control + _Control.NEXT_FACTOR)
+        clip, length = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
+    unscale = None
+    if step.grad_scale is not None:
+        unscale = 1.0 / tl.load(step.grad_scale).to(tl.float64)
+    begin = tl.multiple_of((chunk - tl.load(row + _Field.FIRST_CHUNK)) * _Size.CHUNK, _Size.CHUNK)
+    run_row(
+        step,
+        Row(
+            tl.load(row + _Field.PARAM),
+            tl.load(row + _Field.UPDATED),
+            tl.load(row + _Field.GRAD),
+            tl.load(row + _Field.STATE0),
+            tl.load(row + _Field.STATE1),
+            tl.load(row + _Field.STATE2),
+            tl.where(tl.load(count + _Count.HAS_PREV) != 0, tl.load(row + _Field.PREV_READ), 0),
+            tl.load(row + _Field.PREV_WRITE),
+            tl.load(row + _Field.PARAM_DTYPE) if step.PARAM == _Dtype.MIXED else step.PARAM,
+            tl.load(row + _Field.UPDATED_DTYPE) if step.UPDATED == _Dtype.MIXED else step.UPDATED,
+            tl.load(row + _Field.GRAD_DTYPE) if step.GRAD == _Dtype.MIXED else step.GRAD,
+            tl.load(row + _Field.STATE_DTYPE) if step.STATE == _Dtype.MIXED else step.STATE,
+            tl.load(row + _Field.PREV_DTYPE) if step.PREV == _Dtype.MIXED else step.PREV,
+        ),
+        Job(
+            hyper,
+            rate(tl.load(step.lr + group), multiplier, factor, step.settings),
+            length,
+            tl.where(hyper[_Hyper.MAXIMIZE] != 0, -clip, clip),
+            unscale,
+            tl.load(count + _Count.UPDATES),
+            random_key(position, index),
+        ),
+        chunk,
+        begin,
+        tl.minimum(begin + _Size.CHUNK, tl.load(row + _Field.NUMEL)),
+        tl.load(row + _Field.ALIGNED) != 0,
+        MEASURE,
+        MOVE,
+        APPLY,
+    )
+
+
+@triton.jit
+def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexpr):
+    """Take chunks and run them, decide when all are measured, and finish the step when all are applied.
+
+    Programs take chunks by a ticket, those of the first pass before those of the second. A program with a ticket of
+    the second pass waits for the decision, and so only for programs that run already: it cannot wait for ever, however
+    many programs the device runs at once. The program that leaves last finishes the step and sets the counters back
+    to 0. No other program of this launch looks at them then, and those of the next one start later; so a captured
+    graph can be replayed, and the host resets nothing.
+    """
+    ONE_PASS: tl.constexpr = VERBS == _Verb.STEP and not TWO_PASS
+    MEASURES: tl.constexpr = VERBS & _Verb.MEASURE != 0
+    DECIDES: tl.constexpr = VERBS & _Verb.DECIDE != 0
+    APPLIES: tl.constexpr = VERBS & _Verb.APPLY != 0
+    AHEAD: tl.constexpr = (MEASURES or DECIDES) and not ONE_PASS  # there is a first pass
+    skip = tl.full((), 0, tl.int1)
+    if MEASURES and step.found_inf is not None:
+        skip = tl.load(step.found_inf) != 0
+    first = 0
+    if AHEAD:
+        first = tl.maximum(step.chunks, 1) if MEASURES else 1  # somebody decides, even on nothing
+    tickets = first + step.chunks if APPLIES else first
+    taken = 1
+    ticket = tl.atomic_add(step.counters + _Counter.TICKET, 1, sem="relaxed")
+    while ticket < tickets:
+        if ticket < first:
+            if AHEAD:
+                if MEASURES and MEASURE != 0:
+                    if (skip == 0) & (ticket < step.chunks):
+                        run(step, ticket, MEASURE, False, False, False)
+                tl.debug_barrier()
+                if tl.atomic_add(step.counters + _Counter.MEASURED, 1, sem="acq_rel") == first - 1:
+                    if MEASURES:
+                        begin(step.control, skip)
+                        sums = take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
+                    else:
+                        sums = load_sums(step.control)
+                    if DECIDES and MEASURE != 0:
+                        decide(step.control, step.settings, step.hypers, sums, step.RULE, True)
+                    tl.debug_barrier()
+                    tl.atomic_xchg(step.counters + _Counter.DECIDED, 1, sem="release")
+        else:
+            if APPLIES:
+                chunk = ticket - first
+                if AHEAD:
+                    chunk = step.chunks - 1 - chunk  # backwards: what the first pass read last is still in the cache
+                    while tl.atomic_add(step.counters + _Counter.DECIDED, 0, sem="acquire") == 0:
+                        pass
+                skip_now = skip
+                if not ONE_PASS:
+                    skip_now = tl.load(step.control + _Control.SKIP) != 0
+                if skip_now == 0:
+                    run(step, chunk, MEASURE if ONE_PASS else 0, MEASURE & _Measure.MOVE != 0, True, not ONE_PASS)
+        taken += 1
+        ticket = tickets
+        if taken <= step.most:
+            ticket = tl.atomic_add(step.counters + _Counter.TICKET, 1, sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(step.counters + _Counter.LEFT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        if ONE_PASS:
+            begin(step.control, skip)
+            if MEASURE != 0:
+                sums = take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
+                decide(step.control, step.settings, step.hypers, sums, step.RULE, False)
+        if APPLIES:
+            skip_now = tl.load(step.control + _Control.SKIP) != 0
+            move_sq = tl.full((), 0.0, tl.float64)
+            if skip_now == 0:
+                if MEASURE & _Measure.MOVE != 0:
+                    move_sq = add_up(step.partials + 7 * step.chunks, step.chunks)
+                advance(step.counts, step.rows, step.n_rows)
+            multiplier = at(step.table, step.table_size, tl.load(step.control + _Control.STEP))
+            lr0 = tl.load(step.lr)
+            tl.store(step.control + _Sum.MOVE_SQ, move_sq)
+            tl.debug_barrier()
+            finish(
+                step.control,
+                step.settings,
+                step.decay,
+                step.decay_size,
+                step.history,
+                step.history_size,
+                lr0,
+                multiplier,
+            )
+        tl.store(step.counters + _Counter.TICKET, 0)
+        tl.store(step.counters + _Counter.MEASURED, 0)
+        tl.store(step.counters + _Counter.DECIDED, 0)
+        tl.store(step.counters + _Counter.LEFT, 0)
+
+
+@triton.jit(
+    do_not_specialize=["table_size", "decay_size", "history_size", "n_rows", "n_groups", "chunks", "most"],
+    do_not_specialize_on_alignment=[
+        *("control", "counts", "lr", "table", "decay", "history", "found_inf", "grad_scale"),
+        *("memory", "counters", "partials"),
+    ],
+)
+def step_kernel(
+    control,
+    counts,
+    lr,
+    table,
+    decay,
+    history,
+    found_inf,
+    grad_scale,
+    memory,
+    counters,
+    partials,
+    table_size,
+    decay_size,
+    history_size,
+    n_rows,
+    n_groups,
+    chunks,
+    most,
+    RULE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    VERBS: tl.constexpr,
+    TWO_PASS: tl.constexpr,
+    STATES: tl.constexpr,
+    KEPT: tl.constexpr,
+    MASTERS: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    WIDE: tl.constexpr,
+    PARAM: tl.constexpr,
+    UPDATED: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    PREV: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """The verbs of one call, in one launch."""
+    settings = memory.to(tl.pointer_type(tl.float64), bitcast=True)
+    hypers = settings + _Size.SETTINGS
+    rows = memory + _Size.SETTINGS + n_groups * _Size.HYPERS
+    chunk_rows = rows + n_rows * _Size.FIELDS
+
+    work(
+        Step(
+            control,
+            counts,
+            lr,
+            table,
+            table_size,
+            decay,
+            decay_size,
+            history,
+            history_size,
+            found_inf,
+            grad_scale,
+            settings,
+            hypers,
+            rows,
+            chunk_rows,
+            n_rows,
+            counters,
+            partials,
+            chunks,
+            most,
+            RULE,
+            STATES,
+            KEPT,
+            MASTERS,
+            AT_RANDOM,
+            WIDE,
+            PARAM,
+            UPDATED,
+            GRAD,
+            STATE,
+            PREV,
+        ),
+        MEASURE,
+        VERBS,
+        TWO_PASS,
+    )
