@@ -47,10 +47,14 @@ class Stage:
 def stages(out: Path) -> list[tuple[Stage, float]]:
     """Each with the most seconds it may take."""
     python = sys.executable
+    marked = sorted(
+        str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in file.read_text()
+    )
     found = [
         (Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"]), 200.0),
         (Stage("info", [python, "-m", "lrkernels", "info"]), 30.0),
-        (Stage("tests", [python, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "tests/test_cuda_build.py"]), 150.0),
+        (Stage("machine code", [python, "-m", "pytest", "tests/test_cuda_build.py"]), 40.0),
+        (Stage("tests", [python, "-m", "pytest", "-m", "gpu", *marked]), 150.0),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for tool in ("memcheck", "racecheck"):

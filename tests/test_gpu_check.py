@@ -84,8 +84,10 @@ def test_the_stages_fit_into_eight_minutes(benchmarks, tmp_path):
     _, check = benchmarks
     assert check.TOTAL < 480
     assert [stage.name for stage, _ in check.stages(tmp_path)] == [
-        *("build", "info", "tests", "memcheck", "racecheck", "benchmarks")
+        *("build", "info", "machine code", "tests", "memcheck", "racecheck", "benchmarks")
     ]
+    (tests,) = [stage for stage, _ in check.stages(tmp_path) if stage.name == "tests"]
+    assert "tests/test_gpu.py" in tests.command
     compile(check.SANITIZED, "sanitized", "exec")
 
 
