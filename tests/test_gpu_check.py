@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="the 
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "cases", raising=False)  # there is one of that name here, too
     import gpu
     import gpu_check
 
