@@ -31,13 +31,14 @@ struct Row {
   Dtype param_dtype, grad_dtype, state_dtype, prev_dtype;
 };
 
-// One step over all rows. Every pointer is on the rows' device.
+// One step over all rows. Every pointer is on the rows' device, but settings and hyper, which are the host's.
 struct Job {
   std::vector<Row> rows;
   double* control;
   const double* settings;
   const double* lr;     // one rate per group
   const double* hyper;  // one row per group
+  int64_t groups;
   const double* table;  // the open-loop multipliers
   int64_t table_size;
   const double* decay;  // volsched's own
@@ -58,5 +59,22 @@ namespace cpu {
 void run(Job& job, int verbs);
 const char* instruction_set();
 }  // namespace cpu
+
+namespace cuda {
+
+// What a step needs besides its tensors, from whoever owns it; each optimizer has its own.
+struct Workspace {
+  void* memory;  // on the device, all zero at first: counters and partial sums
+  int64_t memory_bytes;
+  void* list;  // on the device, and in pinned memory of the host: the rows, where they do not fit into an argument
+  void* pinned;
+  int64_t list_bytes;
+};
+
+// Puts one launch on the stream. Where the workspace is too small, does nothing but say how many bytes it should have,
+// and sets `memory` to null. Returns what went wrong, or null.
+const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace);
+
+}  // namespace cuda
 
 }  // namespace lrk

@@ -5,9 +5,12 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
+#include "handles.h"
 #include "kernels.h"
 
 namespace {
@@ -17,6 +20,11 @@ using lrk::Job;
 using lrk::Row;
 
 const DLPackExchangeAPI* exchange = nullptr;
+constexpr DLDevice kHost{kDLCPU, 0};
+
+std::string name_of(DLDevice device) {
+  return device.device_type == kDLCPU ? "CPU" : "CUDA:" + std::to_string(device.device_id);
+}
 
 // A tensor's memory, as DLPack tells it; `data` is null for None.
 struct View : DLTensor {
@@ -31,15 +39,18 @@ struct View : DLTensor {
 
   void* memory() const { return static_cast<char*>(data) + byte_offset; }
 
-  // False, with no error set, for what is no tensor of this process's memory.
-  bool read(PyObject* object) {
+  // False, with no error set, for what is no tensor of this device's memory.
+  bool read(PyObject* object, DLDevice wanted = kHost) {
     present = object != Py_None;
     if (!present) return true;
-    if (exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
+    if (!handles::read(object, this) && exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
       PyErr_Clear();
       return false;
     }
-    return device.device_type == kDLCPU && (data || empty());  // a subclass may have no memory of its own
+    if (device.device_type != wanted.device_type ||
+        (wanted.device_type != kDLCPU && device.device_id != wanted.device_id))
+      return false;
+    return data || empty();  // a subclass may have no memory of its own
   }
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }
@@ -94,17 +105,18 @@ struct Reference {
   PyObject* object;
   explicit Reference(PyObject* owned) : object(owned) {}
   Reference(const Reference&) = delete;
+  PyObject* give() { return std::exchange(object, nullptr); }
   ~Reference() { Py_XDECREF(object); }
 };
 
 // One of the small tensors: contiguous, of `rows` rows or more, and of exactly `columns` columns.
 template <class T>
-bool small(const char* name, PyObject* object, DLDataTypeCode code, int64_t rows, int64_t columns, T** out,
-           int64_t* size = nullptr) {
+bool small(const char* name, PyObject* object, DLDevice where, DLDataTypeCode code, int64_t rows, int64_t columns,
+           T** out, int64_t* size = nullptr) {
   View view;
-  const std::string what = std::string(name) + " must be a contiguous CPU tensor of " +
+  const std::string what = std::string(name) + " must be a contiguous " + name_of(where) + " tensor of " +
                            (code == kDLInt ? "int" : "float") + std::to_string(8 * sizeof(T));
-  if (!view.read(object) || !view.present || !view.is(code, 8 * sizeof(T))) return error(what), false;
+  if (!view.read(object, where) || !view.present || !view.is(code, 8 * sizeof(T))) return error(what), false;
   int64_t stride = 1;
   for (int i = view.ndim - 1; i >= 0; stride *= view.shape[i--])
     if (view.shape[i] > 1 && view.strides[i] != stride) return error(what), false;
@@ -144,6 +156,24 @@ struct Column {
 const char* const kColumns[] = {"params", "grads", "state0", "state1", "state2", "master", "prev_read", "prev_write"};
 constexpr int kLists = 2 + lrk::kStates + 3;  // params, grads, states, masters, previous gradients to read and to write
 
+constexpr Py_ssize_t kAhead = 16;  // rows
+
+// The objects of rows `begin` to `end`, their memory on its way; false after an error.
+bool gather(const Column (&columns)[kLists], Py_ssize_t begin, Py_ssize_t end, PyObject* (&items)[kAhead][kLists]) {
+  for (const Column& column : columns)
+    for (Py_ssize_t i = begin; column.list && i < end; ++i) handles::fetch(PyList_GetItem(column.list, i));
+  for (int k = 0; k < kLists; ++k) {
+    for (Py_ssize_t i = begin; i < end; ++i) {
+      PyObject* item = items[i - begin][k] = columns[k].item(i);
+      if (!item) return false;
+      handles::fetch(item);
+    }
+  }
+  for (int k = 0; k < kLists; ++k)
+    for (Py_ssize_t i = begin; columns[k].list && i < end; ++i) handles::fetch_impl(items[i - begin][k]);
+  return true;
+}
+
 // Whether the rule reads state `k` in this group.
 bool needs_state(const Job& job, int32_t group, int k) {
   const double* hyper = job.hyper + group * lrk::kHypers;
@@ -151,16 +181,14 @@ bool needs_state(const Job& job, int32_t group, int k) {
   return k < 2 || hyper[lrk::kAmsgrad] != 0;
 }
 
-// Reads row `i` of the lists. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
-int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t group, float* counts) {
+// Reads row `i`. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
+int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize_t i, int32_t group, float* counts) {
   View views[kLists];
   const View &param = views[0], &grad = views[1];
   for (int k : {1, 0, 2, 3, 4, 5, 6, 7}) {
-    PyObject* item = columns[k].item(i);
-    if (!item) return -1;
-    if (!views[k].read(item) || (views[k].present && views[k].element() == lrk::kDtypes)) {
-      error(std::string(kColumns[k]) + "[" + std::to_string(i) +
-            "] is not a dense CPU tensor of float32, float64, bfloat16 or float16");
+    if (!views[k].read(items[k], where) || (views[k].present && views[k].element() == lrk::kDtypes)) {
+      error(std::string(kColumns[k]) + "[" + std::to_string(i) + "] is not a dense " + name_of(where) +
+            " tensor of float32, float64, bfloat16 or float16");
       return -1;
     }
     if (!grad.present) return 1;
@@ -211,9 +239,54 @@ int add_row(Job& job, const Column (&columns)[kLists], Py_ssize_t i, int32_t gro
 
 const char run_doc[] =
     "run(verbs, rule, measure, two_pass, params, grads, state0, state1, state2, master, prev_read, prev_write, groups, "
-    "counts, control, settings, lr, hyper, table, decay, history, found_inf, grad_scale)\n--\n\n"
-    "Runs the verbs, or changes nothing and returns the indices of the rows whose tensors do not share one dense "
-    "layout.";
+    "counts, control, settings, lr, hyper, table, decay, history, found_inf, grad_scale, workspace=None)\n--\n\n"
+    "Runs the verbs where control is, or changes nothing and returns the indices of the rows whose tensors do not "
+    "share "
+    "one dense layout. On a GPU it puts one launch on torch's current stream, and the workspace is a tuple of the "
+    "memory "
+    "for it: address and bytes on the device, all zero at first; address on the device, pinned address and bytes for a "
+    "list of the rows. Where they are too small, a BufferError has the bytes wanted of both, and nothing has changed.";
+
+// The device that control is on, and the rest should be; false, with an error, where there are no kernels for it.
+bool device_of(PyObject* control, DLDevice& where) {
+  View view;
+  const bool known = control != Py_None && exchange->dltensor_from_py_object_no_sync(control, &view) == 0;
+  PyErr_Clear();
+  if (known && view.device.device_type == kDLCPU) return where = kHost, true;
+#if defined(LRK_CUDA)
+  if (known && view.device.device_type == kDLCUDA) return where = view.device, true;
+#endif
+  return error("control is not a tensor on a device that this build has kernels for"), false;
+}
+
+#if defined(LRK_CUDA)
+bool run_on_gpu(const Job& job, int verbs, int device, PyObject* memory) {
+  unsigned long long addresses[3] = {};
+  lrk::cuda::Workspace workspace{};
+  long long memory_bytes = 0, list_bytes = 0;
+  if (memory != Py_None) {
+    if (!PyTuple_Check(memory) ||
+        !PyArg_ParseTuple(memory, "KLKKL", &addresses[0], &memory_bytes, &addresses[1], &addresses[2], &list_bytes))
+      return PyErr_Clear(), error("the workspace is a tuple of five integers"), false;
+  }
+  workspace.memory = reinterpret_cast<void*>(addresses[0]);
+  workspace.memory_bytes = memory_bytes;
+  workspace.list = reinterpret_cast<void*>(addresses[1]);
+  workspace.pinned = reinterpret_cast<void*>(addresses[2]);
+  workspace.list_bytes = list_bytes;
+  void* stream = nullptr;
+  if (exchange->current_work_stream(kDLCUDA, device, &stream) != 0) return false;
+  PyThreadState* state = PyEval_SaveThread();
+  const char* failed = lrk::cuda::run(job, verbs, device, stream, workspace);
+  PyEval_RestoreThread(state);
+  if (failed)
+    return PyErr_Format(PyExc_RuntimeError, "lrkernels: the CUDA kernels were not launched: %s", failed), false;
+  if (workspace.memory) return true;
+  const Reference wanted(Py_BuildValue("LL", (long long)(workspace.memory_bytes), (long long)(workspace.list_bytes)));
+  if (wanted.object) PyErr_SetObject(PyExc_BufferError, wanted.object);
+  return false;
+}
+#endif
 
 PyObject* run(PyObject*, PyObject* args) {
   int verbs;
@@ -222,9 +295,11 @@ PyObject* run(PyObject*, PyObject* args) {
   PyObject* lists[kLists];
   Column columns[kLists];
   PyObject *groups, *counts, *control, *settings, *lr, *hyper, *table, *decay, *history, *found_inf, *grad_scale;
-  if (!PyArg_ParseTuple(args, "iiipOOOOOOOOOOOOOOOOOOO", &verbs, &job.rule, &job.measure, &two_pass, &lists[0],
+  PyObject* workspace = Py_None;
+  if (!PyArg_ParseTuple(args, "iiipOOOOOOOOOOOOOOOOOOO|O", &verbs, &job.rule, &job.measure, &two_pass, &lists[0],
                         &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &lists[6], &lists[7], &groups, &counts,
-                        &control, &settings, &lr, &hyper, &table, &decay, &history, &found_inf, &grad_scale))
+                        &control, &settings, &lr, &hyper, &table, &decay, &history, &found_inf, &grad_scale,
+                        &workspace))
     return nullptr;
   job.two_pass = two_pass != 0;
   for (int k = 0; k < kLists; ++k)
@@ -235,37 +310,52 @@ PyObject* run(PyObject*, PyObject* args) {
       return error(std::string(kColumns[k]) + " must have one entry for each of params");
   int32_t* group_of;
   float* counts_of;
-  int64_t n_groups;
-  if (!small("lr", lr, kDLFloat, 1, 1, const_cast<double**>(&job.lr), &n_groups) ||
-      !small("hyper", hyper, kDLFloat, n_groups, lrk::kHypers, const_cast<double**>(&job.hyper)) ||
-      !small("groups", groups, kDLInt, size, 1, &group_of) ||
-      !small("counts", counts, kDLFloat, size, lrk::kCounts, &counts_of) ||
-      !small("settings", settings, kDLFloat, lrk::kSettings, 1, const_cast<double**>(&job.settings)) ||
-      !small("control", control, kDLFloat, lrk::kRingAt + int64_t(job.settings[lrk::kCapacity]), 1, &job.control) ||
-      !small("table", table, kDLFloat, 1, 1, const_cast<double**>(&job.table), &job.table_size) ||
-      !small("decay", decay, kDLFloat, 1, 1, const_cast<double**>(&job.decay), &job.decay_size) ||
-      !small("history", history, kDLFloat, 1, lrk::kStats, &job.history, &job.history_size) ||
-      (found_inf != Py_None && !small("found_inf", found_inf, kDLFloat, 1, 1, const_cast<float**>(&job.found_inf))) ||
-      (grad_scale != Py_None && !small("grad_scale", grad_scale, kDLFloat, 1, 1, const_cast<float**>(&job.grad_scale))))
+  DLDevice where = kHost;
+  if (!device_of(control, where)) return nullptr;
+  if (!small("lr", lr, where, kDLFloat, 1, 1, const_cast<double**>(&job.lr), &job.groups) ||
+      !small("hyper", hyper, kHost, kDLFloat, job.groups, lrk::kHypers, const_cast<double**>(&job.hyper)) ||
+      !small("groups", groups, kHost, kDLInt, size, 1, &group_of) ||
+      !small("counts", counts, where, kDLFloat, size, lrk::kCounts, &counts_of) ||
+      !small("settings", settings, kHost, kDLFloat, lrk::kSettings, 1, const_cast<double**>(&job.settings)) ||
+      !small("control", control, where, kDLFloat, lrk::kRingAt + int64_t(job.settings[lrk::kCapacity]), 1,
+             &job.control) ||
+      !small("table", table, where, kDLFloat, 1, 1, const_cast<double**>(&job.table), &job.table_size) ||
+      !small("decay", decay, where, kDLFloat, 1, 1, const_cast<double**>(&job.decay), &job.decay_size) ||
+      !small("history", history, where, kDLFloat, 1, lrk::kStats, &job.history, &job.history_size) ||
+      (found_inf != Py_None &&
+       !small("found_inf", found_inf, where, kDLFloat, 1, 1, const_cast<float**>(&job.found_inf))) ||
+      (grad_scale != Py_None &&
+       !small("grad_scale", grad_scale, where, kDLFloat, 1, 1, const_cast<float**>(&job.grad_scale))))
     return nullptr;
   for (Py_ssize_t i = 0; i < size; ++i)
-    if (group_of[i] < 0 || group_of[i] >= n_groups) return error("groups names a group that hyper has no row for");
+    if (group_of[i] < 0 || group_of[i] >= job.groups) return error("groups names a group that hyper has no row for");
   Reference uneven(PyList_New(0));
   if (!uneven.object) return nullptr;
   job.rows.reserve(size_t(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const int added = add_row(job, columns, i, group_of[i], counts_of);
+  // What a tensor's reading touches lies all over the memory, so some rows' are on their way before they are read.
+  PyObject* items[kAhead][kLists];
+  for (Py_ssize_t i = 0, begin = 0; i < size; ++i) {
+    if (i == begin + kAhead) begin = i;
+    if (i == begin && !gather(columns, begin, std::min(begin + kAhead, size), items)) return nullptr;
+    const int added = add_row(job, where, items[i - begin], i, group_of[i], counts_of);
     if (added < 0) return nullptr;
     if (added == 0) {
       const Reference index(PyLong_FromSsize_t(i));
       if (!index.object || PyList_Append(uneven.object, index.object) != 0) return nullptr;
     }
   }
-  if (PyList_Size(uneven.object) == 0) {
+  if (PyList_Size(uneven.object) == 0 && where.device_type == kDLCPU) {
     PyThreadState* state = PyEval_SaveThread();
     lrk::cpu::run(job, verbs);
     PyEval_RestoreThread(state);
   }
+#if defined(LRK_CUDA)
+  if (PyList_Size(uneven.object) == 0 && where.device_type == kDLCUDA &&
+      !run_on_gpu(job, verbs, where.device_id, workspace))
+    return nullptr;
+#else
+  (void)workspace;
+#endif
   const Reference rows(PyLong_FromSize_t(job.rows.size()));
   return rows.object ? PyTuple_Pack(2, uneven.object, rows.object) : nullptr;
 }
@@ -279,14 +369,64 @@ PyObject* connect(PyObject*, PyObject* capsule) {
   Py_RETURN_NONE;
 }
 
+PyObject* locate(PyObject*, PyObject* tensors) {
+  if (!PyList_Check(tensors)) return error("locate() takes a list of tensors");
+  return PyBool_FromLong(handles::locate(tensors));
+}
+
+PyObject* gradients(PyObject*, PyObject* params) {
+  if (!PyList_Check(params)) return error("gradients() takes a list of tensors");
+  const Py_ssize_t size = PyList_Size(params);
+  Reference grads(PyList_New(size));
+  for (Py_ssize_t i = 0; grads.object && i < size; ++i) {
+    PyObject* grad = handles::grad(PyList_GetItem(params, i));
+    if (!grad || PyList_SetItem(grads.object, i, grad) != 0) return nullptr;
+  }
+  return grads.give();
+}
+
+PyObject* holds(PyObject*, PyObject* args) {
+  PyObject *container, *values;
+  if (!PyArg_ParseTuple(args, "OO", &container, &values)) return nullptr;
+  const bool dictionary = PyDict_Check(container);
+  if (!(dictionary || PyList_Check(container)) || !PyList_Check(values))
+    return error("holds() takes a list or a dictionary, and a list");
+  const Py_ssize_t size = PyList_Size(values);
+  bool same = (dictionary ? PyDict_Size(container) : PyList_Size(container)) == size;
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; same && i < size; ++i) {
+    if (!dictionary)
+      value = PyList_GetItem(container, i);
+    else if (!PyDict_Next(container, &at, &key, &value))
+      break;
+    same = value == PyList_GetItem(values, i);
+  }
+  return PyBool_FromLong(same);
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(lrk::cpu::instruction_set());
 }
 
+PyObject* cuda_architectures(PyObject*, PyObject*) {
+#if defined(LRK_CUDA)
+  return PyUnicode_FromString(LRK_CUDA);
+#else
+  Py_RETURN_NONE;
+#endif
+}
+
 PyMethodDef methods[] = {
     {"connect", connect, METH_O, "Takes torch.Tensor.__dlpack_c_exchange_api__; before anything else."},
+    {"locate", locate, METH_O,
+     "locate(tensors): looks for the handle in a torch.Tensor and a torch.nn.Parameter; whether it is found."},
+    {"holds", holds, METH_VARARGS,
+     "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
+    {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
     {"run", run, METH_VARARGS, run_doc},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use on this machine."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS, "What the CUDA kernels were compiled for, or None."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

@@ -13,6 +13,11 @@
 #else
 #define LRK_RULE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define LRK_ROLLED _Pragma("unroll 1")  // a loop that one thread runs: its code is what it costs
+#else
+#define LRK_ROLLED
+#endif
 
 namespace lrk {
 
@@ -150,7 +155,7 @@ struct SgdStep {
 // m <- lerp(m, g, 1 - beta1);  v <- beta2 v + (1 - beta2) g^2;  p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 template <class T>
 struct AdamWStep {
-  T decay, weight1, beta2, weight2, bias2_sqrt, eps, minus_step_size;
+  T decay, weight1, beta2, weight2, unbias2_sqrt, eps, minus_step_size;
   bool near_start, amsgrad;
 
   // `updates` counts the updates before this one.
@@ -159,7 +164,7 @@ struct AdamWStep {
         weight1(T(1.0 - hyper[kBeta1])),
         beta2(T(hyper[kBeta2])),
         weight2(T(1.0 - hyper[kBeta2])),
-        bias2_sqrt(T(::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates) + 1.0)))),
+        unbias2_sqrt(T(1.0 / ::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates) + 1.0)))),
         eps(T(hyper[kEps])),
         minus_step_size(T(-(lr / length / (1.0 - ::pow(hyper[kBeta1], double(updates) + 1.0))))),
         near_start(weight1 < T(0.5)),
@@ -172,7 +177,7 @@ struct AdamWStep {
     const T mean = fma(weight1, grad - old, near_start ? old : grad);
     const T mean_sq = fma(grad * weight2, grad, exp_avg_sq * beta2);
     const T largest = mean_sq > largest_so_far ? mean_sq : largest_so_far;
-    const T denominator = sqrt(amsgrad ? largest : mean_sq) / bias2_sqrt + eps;
+    const T denominator = sqrt(amsgrad ? largest : mean_sq) * unbias2_sqrt + eps;
     param = param * decay + (mean * minus_step_size) / denominator;
     exp_avg = mean;
     exp_avg_sq = mean_sq;
@@ -185,6 +190,7 @@ template <class T>
 struct AdamWDirection {
   T unbias1, unbias2_sqrt, eps;  // factors, since nothing but a statistic hangs on their last bit
 
+  AdamWDirection() = default;
   LRK_RULE AdamWDirection(const double* hyper, float updates)
       : unbias1(T(1.0 / (1.0 - ::pow(hyper[kBeta1], double(updates))))),
         unbias2_sqrt(T(1.0 / ::sqrt(1.0 - ::pow(hyper[kBeta2], double(updates))))),
@@ -320,7 +326,9 @@ LRK_RULE double direction_length(const double* sums, const double* hyper) {
 // std(r_i, ddof = 1) of the last `count` log-returns r_i = ln(x_{i+1} / x_i) in the ring of signals.
 LRK_RULE double volatility(const double* ring, int64_t capacity, int64_t signals, int64_t count) {
   double mean = 0, squares = 0;
+  LRK_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
+    LRK_ROLLED
     for (int64_t i = signals - count; i < signals; ++i) {
       const double r = ::log(ring[i % capacity] / ring[(i - 1) % capacity]);
       if (pass == 0) mean += r / double(count);

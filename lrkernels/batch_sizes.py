@@ -6,6 +6,7 @@ A batch size is a callable ``epoch -> int``, epochs counted from 0; wherever one
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,15 @@ class constant:
         batch_size: Samples per batch.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1.
+        ValueError: If ``batch_size`` is no whole number, or below 1.
     """
 
     batch_size: int
 
     def __post_init__(self) -> None:
-        """Refuse an empty batch."""
-        _check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        """Refuse an empty batch, and a part of a sample."""
+        whole = isinstance(self.batch_size, numbers.Integral) and self.batch_size >= 1
+        _check(whole, f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
 
     def __call__(self, epoch: int) -> int:
         """Return the batch size."""

@@ -36,6 +36,7 @@ MEASURED_BY = {
 }
 PAGE = 1024  # rows of the ring when the whole history is kept: they are taken away each time it is full
 FIRST_TABLE = 4096  # steps of the open-loop schedule tabulated at first; then twice as many, and so on
+CAPTURED_TABLE = 100_000  # on CUDA, where a captured step is replayed and no host tabulates; to its end if it has one
 
 
 class Stats(Mapping[str, Tensor]):
@@ -129,13 +130,16 @@ class Controller:
 
     def to(self, device: torch.device) -> None:
         """Move the device's tensors."""
-        self.control, self.history = self.control.to(device), self.history.to(device)
-        self.table, self.decay = self.table.to(device), self.decay.to(device)
+        for name in ("control", "history", "table", "decay"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def start_at(self, lr: float | Tensor) -> None:
         """Set lr_0 of gala and volsched, unless a checkpoint has brought it."""
         if not self._started:
-            self.control[Control.FIRST_LR] = lr
+            if isinstance(lr, Tensor):
+                self.control[Control.FIRST_LR].copy_(lr.detach().reshape(()), non_blocking=True)
+            else:
+                self.control[Control.FIRST_LR] = lr
             self._started = True
             if isinstance(self.closed_loop, GalaSchedule | VolSchedule) and not isinstance(lr, Tensor) and lr == 0:
                 warnings.warn(
@@ -175,12 +179,27 @@ class Controller:
         self._steps += 1
         self._calls += 1
 
+    def why_not_captured(self) -> str:
+        """Return what stands against capturing the coming step in a graph, or an empty string."""
+        if self.is_new:
+            return "it is the first one"
+        if self._keep_all:
+            return "history_size=None copies the history to the host; give it a size"
+        if self.open_loop is not None and self._steps >= len(self._tabulated):
+            last = getattr(self.open_loop, "total_steps", None)
+            if last is None or len(self._tabulated) <= last:
+                return "its schedule has to be tabulated further"
+        return ""
+
     def _tabulate(self, step: int) -> None:
         """Extend the table to ``step`` and well beyond it, or as far as the schedule has finite values."""
         schedule, done = self.open_loop, len(self._tabulated)
         assert schedule is not None
         last = getattr(schedule, "total_steps", None)
+        on_gpu = self.device.type == "cuda"
         end = max(step + 1, 2 * done, FIRST_TABLE)
+        if on_gpu:
+            end = max(end, CAPTURED_TABLE if last is None else last + 1)
         for s in range(done, end if last is None else min(end, last + 1)):
             try:
                 value = float(schedule(s))
@@ -194,7 +213,7 @@ class Controller:
                 raise ValueError(f"lrkernels: the schedule {schedule!r} is {value} at step {s}; bound it")
             self._tabulated.append(value)
         if len(self._tabulated) > done:
-            self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device)
+            self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def observe(self, value: float | Tensor) -> None:
         """Take volsched's signal for the coming step; other schedules leave it aside."""

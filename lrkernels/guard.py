@@ -178,6 +178,7 @@ class Guard:
         lr_factor: float = 0.5,
         history_size: int | None = 10_000,
     ) -> None:
+        _check(hasattr(optimizer, "param_groups"), f"Guard watches an optimizer, got {type(optimizer).__name__}")
         _check(check_every >= 1 and snapshot_every >= 1, "check_every and snapshot_every must be >= 1")
         _check(1 <= patience <= memory, f"need 1 <= patience <= memory, got {patience} and {memory}")
         _check(threshold > 0 and norm_threshold > 1, "need threshold > 0 and norm_threshold > 1")

@@ -23,6 +23,7 @@ native kernels serve the CPU when the binary is there. All of them work on the s
 
 from __future__ import annotations
 
+import operator
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ try:
     from . import _C  # type: ignore[attr-defined]
 
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
+    _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
     why_no_native = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None
@@ -48,6 +50,7 @@ EAGER, NATIVE, TRITON = "eager", "native", "triton"
 OLDEST_TRITON = (3, 6)
 LISTS = 8  # the arguments that are lists of tensors come first
 READ_ONLY = (1, 6)  # of them: grads and prev_read
+CONTROL = LISTS + 2  # where the control tensor is among the arguments
 
 _READ = (
     "Tensor[] params, Tensor?[] grads, Tensor[] state0, Tensor[] state1, Tensor[] state2, Tensor[] master, "
@@ -250,11 +253,39 @@ class _Row:
 def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
     uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
+    after_run(run_native, uneven, rows, verbs, rule, measure, two_pass, params, *rest)
+
+
+def after_run(
+    runner: Callable[..., None],
+    uneven: list[int],
+    rows: int,
+    verbs: int,
+    rule: int,
+    measure: int,
+    two_pass: bool,
+    params: list[Tensor],
+    *rest: Any,
+) -> None:
+    """Do what a call of the kernels leaves to Python: the rows that need copies, and the versions of the others."""
     if uneven:
-        run_copies(run_native, uneven, verbs, rule, measure, two_pass, params, *rest)
+        run_copies(runner, uneven, verbs, rule, measure, two_pass, params, *rest)
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
         moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
+
+
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Return each parameter's gradient."""
+    return [p.grad for p in params] if _C is None else _C.gradients(params)
+
+
+def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
+    """Whether these very objects are the list's items, or the dictionary's values, in this order."""
+    if _C is not None:
+        return bool(_C.holds(container, values))
+    found = container.values() if isinstance(container, dict) else container
+    return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
 def run_copies(
@@ -319,12 +350,20 @@ def _eager_lists(verbs: int, rule: int, measure: int, two_pass: bool, *tensors: 
     run_eager(verbs, rule, measure, two_pass, *lists, *tensors[LISTS:])
 
 
+def _run_cuda(*arguments: Any) -> None:
+    from .cuda_runner import run_operator
+
+    run_operator(*arguments)
+
+
 for _verbs, _schema in SCHEMAS.items():
     _name = _schema.split("(", 1)[0]
     _library.define(_schema)
     _library.impl(_name, _as_operator(_verbs, _eager_lists), "CompositeExplicitAutograd")
     if _C is not None:
         _library.impl(_name, _as_operator(_verbs, run_native), "CPU")
+        if _C.cuda_architectures() and torch.version.hip is None:
+            _library.impl(_name, _as_operator(_verbs, _run_cuda), "CUDA")
     torch.library.register_fake(f"lrkernels::{_name}", lambda *args, **kwargs: None, lib=_library)
 
 
@@ -332,6 +371,26 @@ def check_backend_name(wanted: str | None) -> None:
     """Raise for a backend that nobody has heard of."""
     if wanted not in (None, EAGER, NATIVE, TRITON):
         raise ValueError(f"lrkernels: backend must be None, 'native', 'triton' or 'eager', got {wanted!r}")
+
+
+def why_not_native(device: torch.device) -> str:
+    """Return why the binary does not serve ``device``, or an empty string."""
+    if _C is None:
+        return why_no_native
+    if device.type == "cpu":
+        return ""
+    codes = (_C.cuda_architectures() or "").split()
+    if device.type != "cuda" or not codes or torch.version.hip is not None:
+        return f"this build has no kernels for {'hip' if torch.version.hip else device.type}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        for code in codes:  # machine code runs on its own generation, sm_80 on 8.6 too; PTX on any later one
+            kind, number = code.split("_")
+            least = int(number.rstrip("af"))
+            if least <= 10 * major + minor and (kind == "compute" or least // 10 == major):
+                return ""
+        return f"this build has kernels for {', '.join(codes)}, and the device is of compute capability {major}.{minor}"
+    return ""
 
 
 def why_no_triton(device: torch.device) -> str:
@@ -350,15 +409,19 @@ def why_no_triton(device: torch.device) -> str:
 def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
     """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
     check_backend_name(wanted)
-    native = _C is not None and device.type == "cpu"
+    reason = why_not_native(device)
+    native = not reason
     if wanted == NATIVE and not native:
-        reason = why_no_native or f"this build has no kernels for {device.type}"
         raise RuntimeError(
             f"lrkernels: backend='native' is not there for {device}: {reason}. "
             "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
         )
     if native and wanted in (None, NATIVE):
-        return run_native
+        if device.type == "cpu":
+            return run_native
+        from .cuda_runner import CudaRunner
+
+        return CudaRunner(device)
     if wanted == TRITON or (wanted is None and device.type in ("cuda", "xpu")):
         reason = why_no_triton(device)
         if not reason:
@@ -381,10 +444,17 @@ def info() -> str:
         native = f"not there ({why_no_native})"
     else:
         native = f"C++ kernels, {_C.instruction_set()}, {torch.get_num_threads()} threads"
+    architectures = None if _C is None else _C.cuda_architectures()
+    if architectures:
+        cuda = f"native: C++ kernels for {architectures}"
+        cuda += "" if torch.cuda.is_available() else "; no CUDA device is visible"
+    else:
+        cuda = "eager: torch's own operations; this build has no kernels for it"
     lines = [
         f"lrkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         platform.platform(),
         f"cpu     {'native' if _C is not None else 'eager'}: {native}",
+        f"cuda    {cuda}",
         f"gpu     {_triton_line()}",
         "other   eager: torch's own operations",
     ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -61,6 +59,7 @@ _FLAGS = {
     "amsgrad",
     "differentiable",
 } | _IGNORED
+WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 CONTROL_KEY = "lrkernels_control"  # in a checkpoint's first group: the control tensor
 
 
@@ -85,7 +84,7 @@ class _Plan:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.lists = [list(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
         self.groups = torch.tensor(self.group_of, dtype=torch.int32)
@@ -103,12 +102,11 @@ class _Plan:
         """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
         lists = [group["params"] for group in optimizer.param_groups]
         return (
-            list(map(len, lists)) == self.sizes
-            and all(map(operator.is_, self.params, itertools.chain.from_iterable(lists)))
+            len(lists) == len(self.lists)
+            and all(map(ops.holds, lists, self.lists))
             and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
             and self.state is optimizer.state
-            and len(self.entries) == len(self.state)
-            and all(map(operator.is_, self.entries, self.state.values()))
+            and ops.holds(self.state, self.entries)
             and (not self.params or self.params[0].device == self.device)
         )
 
@@ -210,8 +208,12 @@ class FusedOptimizer(Optimizer):
         self._run: Callable[..., None] | None = None
         self._seen: Any = None
         self._keys: Any = None
+        self._lr: Tensor | None = None  # each group's rate, on the device
+        self._rates: list[float] = []
+        self._all_counts: Tensor | None = None  # the plan's
+        self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept: dict[Tensor, tuple[Tensor, int]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
@@ -281,11 +283,12 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups
         ]
         if self._seen != seen:
+            if self._is_capturing():
+                raise RuntimeError(f"lrkernels: param_groups have changed since the last step; {WARM_UP}")
             for group in self.param_groups:
                 self._check_group(group)
             self._check_together()
-            floats = [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
-            self._lr = torch.tensor(floats, dtype=torch.float64).to(self._controller.device)
+            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
             self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
             keys = [self._state_keys(group) for group in self.param_groups]
@@ -298,7 +301,19 @@ class FusedOptimizer(Optimizer):
             self._seen = seen
         for i, rate in enumerate(rates):
             if isinstance(rate, Tensor):
+                assert self._lr is not None
                 self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        """Write the rates where the kernels read them: in place, since a captured step reads them there too."""
+        device, old = self._controller.device, self._rates
+        if self._lr is None or self._lr.device != device or len(old) != len(rates):
+            self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+        else:
+            for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
+                if rate != before:
+                    self._lr[i].fill_(rate)
+        self._rates = rates
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -317,6 +332,13 @@ class FusedOptimizer(Optimizer):
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
+        if self._captured and self._all_counts is not None and self._all_counts.shape == plan.counts.shape:
+            plan.counts = self._all_counts.copy_(plan.counts)
+            for p, state, counts in zip(plan.params, plan.states, plan.counts, strict=True):
+                if p in self._counts:
+                    self._counts[p] = counts
+                    self._show_updates(state, counts[Count.UPDATES])
+        self._all_counts = plan.counts
         plan.entries = list(self.state.values())
         self._plan = plan
         return plan
@@ -360,7 +382,7 @@ class FusedOptimizer(Optimizer):
                 counts[Count.HAS_PREV] = 0.0
         elif self._prev_grad == "swap":
             if isinstance(prev := state.pop("prev_grad", None), Tensor):
-                self._kept[p] = (prev, version(prev))
+                self._kept[p] = [prev, version(prev)]
         else:
             prev = state.get("prev_grad")
             half = self._prev_grad == "bfloat16"
@@ -446,9 +468,11 @@ class FusedOptimizer(Optimizer):
             there = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
         plan = self._plan
+        if self._is_capturing():
+            self._check_capture(plan)
         if plan is None or not plan.is_current(self):
             plan = self._make_plan()
-        grads = [p.grad for p in plan.params]
+        grads: list[Tensor | None] = ops.gradients(plan.params)
         if plan.spread is not None:
             grads = plan.spread.aligned(plan.params, grads)
         if self._controller.is_new and closure is None and self._rehearses(plan, grads):
@@ -471,6 +495,34 @@ class FusedOptimizer(Optimizer):
                 raise
             self._launch(self._make_plan(), grads, there)
         return loss
+
+    def _is_capturing(self) -> bool:
+        first = self.param_groups[0]["params"]
+        return bool(first) and first[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _check_capture(self, plan: _Plan | None) -> None:
+        """Refuse to be captured in a graph where replaying it would not do what the steps would have done."""
+        why = self._controller.why_not_captured()
+        if not why and (plan is None or not plan.is_current(self)):
+            why = "its parameters or states have changed since the last one"
+        elif not why and plan is not None:
+            idle = set(plan.idle)
+            missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
+            late = [p for i, p in enumerate(plan.params) if p.grad is not None and i in idle]
+            if missing:
+                why = f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
+            elif late:
+                why = f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
+        if not why and self._prev_grad == "swap" and self._keeps_prev():
+            why = "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
+        if not why and self._same_batch:
+            why = "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
+        rates = [group["lr"] for group in self.param_groups]
+        if not why and any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
+            why = "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
+        if why:
+            raise RuntimeError(f"lrkernels: this step cannot be captured in a graph: {why}; {WARM_UP}")
+        self._captured = True
 
     def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
         """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
@@ -568,6 +620,11 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
+        there = [grad for grad in grads if grad is not None]
+        if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
+            for record, new in zip(self._kept.values(), there, strict=True):
+                record[:] = new, new._version
+            return
         skipped = self._controller.control[Control.SKIP] != 0
         for p, grad in zip(plan.params, grads, strict=True):
             if grad is None:
@@ -577,10 +634,17 @@ class FusedOptimizer(Optimizer):
             if may_skip:
                 old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
                 grad = torch.where(skipped, old, grad)
-            self._kept[p] = (grad, version(grad))
+            self._kept[p] = [grad, version(grad)]
+
+    def _keeps_all(self, plan: _Plan) -> bool:
+        """Whether every parameter's gradient is kept, in order: then none has to be looked up, which takes its time."""
+        return plan.spread is None and ops.holds(list(self._kept), plan.params)
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
+        if self._keeps_all(plan) and all(grad._version == then for grad, then in self._kept.values()):
+            self._told = set()
+            return [grad for grad, _ in self._kept.values()]
         changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
         for p in self._told.intersection(changed):  # said once: it goes on without them
             del self._kept[p]
@@ -696,6 +760,8 @@ class FusedOptimizer(Optimizer):
                     else:
                         self.state[p][key] = value.clone()
         self._begin_from(control)
+        if self._captured:  # a replay reads what is there now, and asks nobody
+            self._refresh_hyper(self._make_plan())
 
     def _check_checkpoint(self, state_dict: dict[str, Any], flat: list[Tensor]) -> dict[int, dict[str, Any]]:
         """Return the checkpoint's states by position of their parameter, or raise."""
@@ -784,8 +850,9 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # copies of tensors count their versions from 0
-            self._kept = {p: (grad, version(grad)) for p, (grad, _) in self._kept.items()}
-        self._plan = self._run = self._seen = self._keys = None
+            self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
+        self._plan = self._run = self._seen = self._keys = self._lr = self._all_counts = None
+        self._rates, self._captured = [], False
         self._told = set()
 
 

@@ -86,7 +86,7 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """M <- lerp(m, g, 1 - beta1); v <- beta2 v + (1 - beta2) g^2; p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
-    As in ``torch.optim.AdamW``, whose roots may differ in the last bit.
+    As in ``torch.optim.AdamW``, whose roots may differ in the last bit and which divides by the root of 1 - beta2^t.
     """
     step = updates.to(float64) + 1.0
     param = param * cast(1.0 - lr * hyper[Hyper.WEIGHT_DECAY], param)
@@ -102,8 +102,8 @@ def adamw_step(
     if hyper[Hyper.AMSGRAD] != 0:  # and there is a third state
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)  # type: ignore[arg-type]
         second = max_exp_avg_sq
-    bias2_sqrt = sqrt(1.0 - power(hyper[Hyper.BETA2], step))
-    denominator = divide(sqrt(second), cast(bias2_sqrt, param)) + cast(hyper[Hyper.EPS], param)
+    unbias2_sqrt = 1.0 / sqrt(1.0 - power(hyper[Hyper.BETA2], step))
+    denominator = sqrt(second) * cast(unbias2_sqrt, param) + cast(hyper[Hyper.EPS], param)
     step_size = lr / length / (1.0 - power(hyper[Hyper.BETA1], step))
     param = param + divide(exp_avg * cast(-step_size, param), denominator)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq

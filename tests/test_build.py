@@ -50,15 +50,14 @@ def test_one_binary_for_every_python():
 
 @needs_native
 @needs("nm")
-def test_nothing_of_libtorch_but_two_functions_of_its_c_shim():
+def test_nothing_of_libtorch_but_its_c_shim():
     """So one build serves every torch that has DLPack's exchange API."""
     symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", ops._C.__file__).splitlines()]
     readable = run("nm", "-D", "-C", "--undefined-only", ops._C.__file__)
     assert not re.findall(r"\b(?:c10|at|torch|caffe2|pybind11)::\S*", readable)
-    assert {name for name in symbols if re.match(r"(?:torch|aoti|at|c10)_", name)} == {
-        "torch_parallel_for",
-        "torch_get_num_threads",
-    }
+    shim = {name for name in symbols if re.match(r"(?:torch|aoti|at|c10)_", name)}
+    read = {name for name in shim if re.match(r"aoti_torch_(?:get|dtype|layout|device_type)_", name)}
+    assert read and shim - read == {"torch_parallel_for", "torch_get_num_threads"}
     assert any(name.startswith("PyList_") for name in symbols)  # the listing is of the right thing
 
 
@@ -237,6 +236,52 @@ def test_nothing_else_needs_more_than_the_oldest_processor(disassembly):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Reading tensors: by handle where it is found, through DLPack otherwise
+
+NO_HANDLE = {
+    "a list too short": lambda: [torch.zeros(1)],
+    "no tensor": lambda: [torch.zeros(1), 1.0],
+    "no memory to compare": lambda: [torch.zeros(0), torch.nn.Parameter(torch.zeros(1))],
+    "not in the object": lambda: [torch.zeros(1), type("Says", (torch.nn.Parameter,), {"_cdata": 1})(torch.zeros(1))],
+}
+
+
+@needs_native
+@needs_compiler
+@pytest.mark.parametrize("tensors", NO_HANDLE.values(), ids=NO_HANDLE)
+def test_a_handle_that_is_not_found_is_not_used(modules, tensors):
+    assert modules["baseline"].locate(tensors()) is False
+    step(modules["baseline"], *ROWS["sgd"], torch.float32, False)
+
+
+@needs_native
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_both_ways_of_reading_have_the_same_bits(modules, dtype):
+    through_dlpack = step(modules["baseline"], *ROWS["adamw"], dtype, False)
+    assert modules["baseline"].locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
+    by_handle = step(modules["baseline"], *ROWS["adamw"], dtype, False)
+    assert not modules["baseline"].locate([])
+    for name, x in by_handle.items():
+        assert torch.equal(x.reshape(-1).view(torch.uint8), through_dlpack[name].reshape(-1).view(torch.uint8)), name
+
+
+@needs_native
+def test_gradients_are_the_parameters_own():
+    class Other(torch.Tensor):
+        @property
+        def grad(self):
+            return "its own"
+
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in range(4)] + [torch.zeros(2, requires_grad=True)]
+    for p in params[1:]:
+        p.grad = torch.ones_like(p)
+    found = ops.gradients([*params, torch.zeros(1).as_subclass(Other)])
+    assert found[0] is None and found[-1] == "its own"
+    assert all(a is p.grad for a, p in zip(found[1:-1], params[1:], strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Both paths
 
 
@@ -276,7 +321,7 @@ def step(module, rule, row, dtype, two_pass):
     history = torch.zeros(4, len(STATS), dtype=torch.float64)
     for _ in range(2):
         uneven = module.run(
-            *(Verb.STEP, rule, ALL, two_pass, params, one_each(), *states, None, prev, groups, counts, control),
+            *(Verb.STEP, rule, ALL, two_pass, params, one_each(), *states, None, None, prev, groups, counts, control),
             *(settings, 0.1 * one, hyper, one, one, history, None, None),
         )
         assert not uneven[0]

@@ -776,9 +776,12 @@ def refusals(folder):
             swapping.step()
 
     wrong = nn.Parameter(spread(torch.randn(6, 2), mesh, [Replicate()]))  # measured in the first process only
+    wrong.grad = spread(torch.randn(6, 2), mesh, [Replicate()])
+    clipping = FusedSGD([p, wrong], max_grad_norm=1.0)
+    clipping.step()
+    wrong.grad = None
     wrong.grad_dtype = torch.float64
     wrong.grad = spread(torch.randn(6, 2), mesh, [Replicate()]).double()
-    clipping = FusedSGD([p, wrong], max_grad_norm=1.0)
     with refused(ValueError, "^lrkernels: FusedSGD takes gradients of the parameter's dtype or float32", clipping):
         clipping.step()
 

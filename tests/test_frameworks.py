@@ -6,7 +6,9 @@ import io
 import logging
 import math
 import pickle
+import runpy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -816,3 +818,25 @@ def test_a_model_and_its_optimizer_are_copied_together(kind, options, copied):
         bits([list(model.parameters()), states(optimizer, model.parameters()), optimizer._controller.control]) == before
     )
     assert_same_bits(apart, go_on(model, optimizer, scheduler, 2))
+
+
+# ---- The examples ----
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "needs", "says"),
+    [
+        ("mixed_precision", ["tensorboard"], "of the schedule's 80 made"),
+        ("accelerate_loop", ["accelerate"], "100 updates of 2 batches each"),
+        ("hf_trainer", ["transformers", "accelerate"], "resumed in the middle: same bits"),
+        ("lightning_trainer", ["lightning", "tensorboard"], "200 steps written for TensorBoard"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.islower() and " " not in value else "",
+)
+def test_the_examples_run(name, needs, says, capsys):
+    for package in [*needs, "sklearn"]:
+        pytest.importorskip(package)
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"), run_name="__main__")
+    assert says in capsys.readouterr().out

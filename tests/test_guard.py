@@ -625,3 +625,8 @@ def test_the_optimizer_is_not_touched_by_a_guard_that_sees_no_harm():
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=f"lrkernels: .*{message}"):
         Guard(SGD(parameters(SHAPES), lr=0.1), **settings)
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="lrkernels: Guard watches an optimizer, got NoneType"):
+        Guard(None)

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../halves.h"
 #include "../kernels.h"
 
 // torch's C shim, stable since 2.10: at::parallel_for and at::get_num_threads.

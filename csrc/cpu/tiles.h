@@ -5,37 +5,10 @@
 // Everything is computed in T: float for parameters of up to 32 bits, double for float64.
 
 constexpr int kBlock = 16;
+constexpr int kRun = 4 * kBlock;  // measured together, then updated together, so that sums and rule share the registers
 
 template <class T>
 constexpr Dtype dtype_of = sizeof(T) == 4 ? kFloat32 : kFloat64;
-
-inline float from_bfloat16(uint16_t x) {
-  return bits_to_float(uint32_t(x) << 16);
-}
-
-inline uint16_t to_bfloat16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline float from_float16(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000u) << 16;
-  const uint32_t magnitude = float_to_bits(bits_to_float(uint32_t(x & 0x7fffu) << 13) * 0x1p112f);
-  const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return bits_to_float(sign | magnitude | special);
-}
-
-inline uint16_t to_float16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t half = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
-  return uint16_t(sign | half);
-}
 
 // `size` elements in T: in place where they are T and whole blocks, otherwise a copy, padded with zeros to a whole
 // block.
@@ -50,9 +23,9 @@ T* load(const void* memory, Dtype dtype, int64_t offset, int size, T* scratch, T
   if (dtype == dtype_of<T> && size % kBlock == 0) return static_cast<T*>(const_cast<void*>(memory)) + offset;
   switch (dtype) {
     case kBFloat16:
-      return convert(static_cast<const uint16_t*>(memory), from_bfloat16);
+      return convert(static_cast<const uint16_t*>(memory), [](uint16_t x) { return from_bfloat16(x); });
     case kFloat16:
-      return convert(static_cast<const uint16_t*>(memory), from_float16);
+      return convert(static_cast<const uint16_t*>(memory), [](uint16_t x) { return from_float16(x); });
     case kFloat32:
       return convert(static_cast<const float*>(memory), same);
     default:
@@ -82,9 +55,9 @@ void store(void* memory, Dtype dtype, int64_t offset, int size, const T* values)
   };
   switch (dtype) {
     case kBFloat16:
-      return convert(static_cast<uint16_t*>(memory), to_bfloat16);
+      return convert(static_cast<uint16_t*>(memory), [](T x) { return to_bfloat16(float(x)); });
     case kFloat16:
-      return convert(static_cast<uint16_t*>(memory), to_float16);
+      return convert(static_cast<uint16_t*>(memory), [](T x) { return to_float16(float(x)); });
     case kFloat32:
       return convert(static_cast<float*>(memory), [](T x) { return float(x); });
     default:
@@ -112,6 +85,17 @@ inline Lanes lanes(const float* values) {
 #endif
 }
 
+// a * b + c. The product of two floats is exact in double, so fusing changes no bit of it; that of two doubles is not.
+template <class T>
+inline Lanes add_product(Lanes a, Lanes b, Lanes c) {
+#if defined(LRK_AVX2)
+  if (sizeof(T) == sizeof(float))
+    return reinterpret_cast<Lanes>(
+        _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#endif
+  return c + a * b;
+}
+
 inline Lanes absolute(Lanes x) {
   return reinterpret_cast<Lanes>(reinterpret_cast<LaneMask>(x) & INT64_MAX);
 }
@@ -134,17 +118,17 @@ struct Sums {
   template <class Direction, class Prev>
   LRK_RULE void add(const T* grad, Direction has_direction, const T* direction, Prev has_prev, const T* prev) {
     const Lanes g = lanes(grad);
-    grad_sq += g * g;
+    grad_sq = add_product<T>(g, g, grad_sq);
     grad_abs += absolute(g);
     if (has_direction) {
       const Lanes d = lanes(direction);
-      dot_direction += g * d;
-      direction_sq += d * d;
+      dot_direction = add_product<T>(g, d, dot_direction);
+      direction_sq = add_product<T>(d, d, direction_sq);
     }
     if (has_prev) {
       const Lanes q = lanes(prev), difference = g - q;
-      dot_prev += g * q;
-      prev_sq += q * q;
+      dot_prev = add_product<T>(g, q, dot_prev);
+      prev_sq = add_product<T>(q, q, prev_sq);
       diff_sq += difference * difference;
     }
   }
@@ -170,11 +154,11 @@ struct Sums {
   }
 };
 
-// A block past the caches, for it is not read again soon: the target is written without being read first.
+// A block, past the caches if it is not read again soon: the target is written without being read first.
 template <class T>
-inline void stream(T* target, const T* source) {
+inline void copy(T* target, const T* source, [[maybe_unused]] bool past_caches) {
 #if defined(LRK_AVX2)
-  if (reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
+  if (past_caches && reinterpret_cast<uintptr_t>(target) % sizeof(__m256i) == 0) {
     for (size_t i = 0; i < kBlock * sizeof(T) / sizeof(__m256i); ++i)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i,
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source) + i));
@@ -198,52 +182,67 @@ LRK_RULE void apply(const AdamWStep<T>& rule, T* param, const T* grad, T scale, 
   for (int i = 0; i < kBlock; ++i) rule(param[i], grad[i] * scale, exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i]);
 }
 
-// The direction of AdamW's last update, for a tile.
-template <class T>
-void point(const AdamWDirection<T>& moved, const T* exp_avg, const T* second, int size, T* direction) {
-  const AdamWDirection<T> rule = moved;
-#pragma GCC ivdep
-  for (int i = 0; i < size; ++i) direction[i] = rule(exp_avg[i], second[i]);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tiles and chunks
-
 // One tile's tensors in T, a whole number of blocks each.
 template <class T>
 struct Tile {
   T* param;
   const T* grad;
   T* states[kStates];
-  const T* direction;  // null: not measured
-  const T* prev;       // null: not measured
-  T* prev_write;       // null: nothing is kept, or not here
+  const T* direction;  // where it is there already
+  AdamWDirection<T> moved;
+  bool directed;     // whether it is measured
+  const T* prev;     // null: not measured
+  T* prev_write;     // null: nothing is kept, or not here
+  bool past_caches;  // how it is kept
   int size;
 };
+
+// The direction of the last update at the elements from `at` on: what is there already, or AdamW's, made anew.
+template <class T>
+LRK_RULE const T* point(const SgdStep<T>&, const Tile<T>& tile, int at, int, T*) {
+  return tile.direction + at;
+}
+
+template <class T>
+LRK_RULE const T* point(const AdamWStep<T>& rule, const Tile<T>& tile, int at, int size, T* direction) {
+  const AdamWDirection<T> moved = tile.moved;
+  const T* second = tile.states[rule.amsgrad ? 2 : 1] + at;
+#pragma GCC ivdep
+  for (int i = 0; i < size; ++i) direction[i] = moved(tile.states[0][at + i], second[i]);
+  return direction;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles and chunks
 
 template <class T, class StepRule>
 void run_tile(const Tile<T>& at, const StepRule& step, T scaled, bool measuring, bool applying, bool moving,
               double* sums) {
-  fix(at.direction != nullptr, [&](auto direction) {
+  fix(at.directed, [&](auto directed) {
     fix(at.prev != nullptr, [&](auto prev) {
       const Tile<T> tile = at;  // copies that nothing else can point to, so that they stay in registers
       const StepRule rule = step;
       const T scale = scaled;
       Sums<T> even, odd;  // side by side, so that no addition waits for the one before it
-      for (int i = 0; i < tile.size; i += kBlock) {
-        for (int j = i; measuring && j < i + kBlock; j += 2 * kLanes) {
-          even.add(tile.grad + j, direction, tile.direction + j, prev, tile.prev + j);
+      for (int i = 0; i < tile.size; i += kRun) {
+        const int end = i + kRun < tile.size ? i + kRun : tile.size;
+        T made[kRun];
+        const T* direction = measuring && directed ? point(rule, tile, i, end - i, made) : nullptr;
+        for (int j = i; measuring && j < end; j += 2 * kLanes) {
+          even.add(tile.grad + j, directed, direction + (j - i), prev, tile.prev + j);
           const int k = j + kLanes;
-          odd.add(tile.grad + k, direction, tile.direction + k, prev, tile.prev + k);
+          odd.add(tile.grad + k, directed, direction + (k - i), prev, tile.prev + k);
         }
         if (!applying) continue;
-        if (tile.prev_write) stream(tile.prev_write + i, tile.grad + i);
-        T before[kBlock];
-        if (moving) std::memcpy(before, tile.param + i, sizeof before);
-        apply(rule, tile.param + i, tile.grad + i, scale, tile.states[0] + i, tile.states[1] + i, tile.states[2] + i);
-        for (int j = 0; moving && j < kBlock; j += 2 * kLanes) {
-          even.add_move(before + j, tile.param + i + j);
-          odd.add_move(before + j + kLanes, tile.param + i + j + kLanes);
+        for (int j = i; j < end; j += kBlock) {
+          if (tile.prev_write) copy(tile.prev_write + j, tile.grad + j, tile.past_caches);
+          T before[kBlock];
+          if (moving) std::memcpy(before, tile.param + j, sizeof before);
+          apply(rule, tile.param + j, tile.grad + j, scale, tile.states[0] + j, tile.states[1] + j, tile.states[2] + j);
+          for (int k = 0; moving && k < kBlock; k += 2 * kLanes) {
+            even.add_move(before + k, tile.param + j + k);
+            odd.add_move(before + k + kLanes, tile.param + j + k + kLanes);
+          }
         }
       }
       if (measuring || moving) even.add_to(sums, odd);
@@ -255,13 +254,15 @@ void run_tile(const Tile<T>& at, const StepRule& step, T scaled, bool measuring,
 template <class T, class StepRule>
 void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool measuring, bool applying,
                double* sums) {
-  alignas(64) T scratch[4 + kStates][kTile];
+  alignas(64) T scratch[3 + kStates][kTile];
   alignas(64) static thread_local T unused[kTile];  // what a rule reads and writes where it has no state
   const double* hyper = job.hyper + row.group * kHypers;
   const double* control = job.control;
   const double multiplier = at(job.table, job.table_size, control[kStep]);
   const double lr = rate(job.lr[row.group], multiplier, control, job.settings);
   const StepRule rule(hyper, lr, control[kLength], row.counts[kUpdates]);
+  AdamWDirection<T> moved{};
+  if (job.rule == kAdamW && (job.measure & kDirection)) moved = AdamWDirection<T>(hyper, row.counts[kUpdates]);
   const double sign = hyper[kMaximize] != 0 ? -1.0 : 1.0;
   const T unscale = T(job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0);
   const T scale = T(sign * control[kClip]);
@@ -275,6 +276,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   const bool half = row.param_dtype == kBFloat16 || row.param_dtype == kFloat16;
   const bool at_random = half && !row.master && job.settings[kStochasticRounding] != 0;
   const uint32_t key = at_random ? random_key(control[kStep], uint32_t(row.index)) : 0;
+  const bool past_caches = row.numel >= kTile;  // to wait for such stores takes longer than a small row
   double chunk_sums[kSums] = {};
 
   int size = 0;
@@ -282,10 +284,12 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     const int rest = int(end - offset < kTile ? end - offset : kTile);
     size = rest >= kBlock ? rest / kBlock * kBlock : rest;
     Tile<T> tile{};
+    tile.moved = moved;
+    tile.past_caches = past_caches;
     tile.size = (size + kBlock - 1) / kBlock * kBlock;
     for (int k = 0; k < kStates; ++k) {
       const T pad = T(k != 0);  // second moments divide
-      tile.states[k] = row.states[k] ? load(row.states[k], row.state_dtype, offset, size, scratch[4 + k], pad) : unused;
+      tile.states[k] = row.states[k] ? load(row.states[k], row.state_dtype, offset, size, scratch[3 + k], pad) : unused;
     }
     T* grad = load(row.grad, row.grad_dtype, offset, size, scratch[0]);
     if (unscale != 1) {
@@ -294,21 +298,13 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     }
     tile.grad = grad;
     if (has_prev) tile.prev = load(row.prev_read, row.prev_dtype, offset, size, scratch[1]);
-    if (directed && momentumless) {
-      tile.direction = tile.prev;
-    } else if (directed && job.rule == kSgd) {
-      tile.direction = tile.states[0];
-    } else if (directed && row.counts[kUpdates] > 0) {
-      const AdamWDirection<T> moved(hyper, row.counts[kUpdates]);
-      const T* second = hyper[kAmsgrad] != 0 ? tile.states[2] : tile.states[1];
-      point(moved, tile.states[0], second, tile.size, scratch[2]);
-      tile.direction = scratch[2];
-    }
+    tile.direction = momentumless ? tile.prev : tile.states[0];
+    tile.directed = directed && (job.rule == kSgd ? tile.direction != nullptr : row.counts[kUpdates] > 0);
     if (!applying) {
       run_tile(tile, rule, scale, true, false, false, chunk_sums);
       continue;
     }
-    tile.param = load(updated, updated_dtype, offset, size, scratch[3]);
+    tile.param = load(updated, updated_dtype, offset, size, scratch[2]);
     if (row.prev_write) {
       // Kept past the caches by the tile itself where it is of one dtype, and has been read by then.
       const bool direct = row.prev_dtype == dtype_of<T> && size % kBlock == 0;
@@ -329,7 +325,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
     for (int k = 0; k < kStates; ++k)
       if (row.states[k]) store(row.states[k], row.state_dtype, offset, size, tile.states[k]);
     if (rounded) {
-      const T* after = load(updated, updated_dtype, offset, size, scratch[3]);
+      const T* after = load(updated, updated_dtype, offset, size, scratch[2]);
       Sums<T> moves;
       for (int i = 0; i < tile.size; i += kLanes) moves.add_move(before + i, after + i);
       moves.add_to(chunk_sums, {});
@@ -339,7 +335,7 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
   if (!momentumless) chunk_sums[kDotDirection] *= sign;
   for (int k = 0; k < kSums; ++k) sums[k] += chunk_sums[k];
 #if defined(__SSE2__)
-  if (row.prev_write) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
+  if (row.prev_write && past_caches) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
 #endif
 }
 

@@ -262,6 +262,7 @@ class Reference(torch.optim.Optimizer):
 
         Groups share it. ``alignment`` bounds the rate of each group, ``gala`` and ``volsched`` that of the first.
         """
+        signal, self._signal = self._signal, None  # of this step only, whoever watches it
         if self._rule is None:
             first = self.param_groups[0]
             self._rule = self._make_rule(float(first.get("initial_lr", first["lr"])))  # as torch's schedulers
@@ -271,8 +272,7 @@ class Reference(torch.optim.Optimizer):
         if isinstance(rule, Alignment):
             lr = rule.update(c if math.isfinite(sums.gg) else math.nan)
         elif isinstance(rule, VolSched):
-            lr = rule.update(None if self._signal is None else float(self._signal))
-            self._signal = None
+            lr = rule.update(None if signal is None else float(signal))
         elif math.isfinite(sums.gg):
             lr = rule.update(*self._gala_terms(sums), curvature)
         else:
@@ -379,8 +379,9 @@ class Reference(torch.optim.Optimizer):
             "skipped": self._skipped,
             "move": self._move,
             "last_gg": self._last_gg,
-            "signal": None if self._signal is None else float(self._signal),
         }
+        if isinstance(rule, VolSched) and self._signal is not None:
+            own["signal"] = float(self._signal)
         if rule is not None:
             own["rule"] = {name: getattr(rule, name) for name in _state_names(rule)}
         return {**super().state_dict(), "lrkernels": own}
@@ -391,7 +392,7 @@ class Reference(torch.optim.Optimizer):
         if (own := state_dict.get("lrkernels")) is None:
             return
         self._completed, self._skipped = own["step"], own["skipped"]
-        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own["signal"]
+        self._move, self._last_gg, self._signal = own["move"], own["last_gg"], own.get("signal")
         learnt = own.get("rule", {})
         rule = self._make_rule(learnt.get("lr_0", 0.0))
         self._rule = rule if rule and learnt.keys() == _state_names(rule) else None
@@ -549,5 +550,5 @@ class ReferenceAdamW(Reference, torch.optim.AdamW):
         if group["amsgrad"]:
             v = torch.maximum(wide(state["max_exp_avg_sq"]), v)
             state["max_exp_avg_sq"].copy_(v)
-        denom = root(v) / scalar(math.sqrt(1 - beta2**t), v) + group["eps"]
+        denom = root(v) * scalar(1 / math.sqrt(1 - beta2**t), v) + group["eps"]
         self._store(p, x.addcdiv(m, denom, value=-lr / (1 - beta1**t)))
