@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format bench build info clean
+.PHONY: demo test lint format bench gpu-check build info clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m lrkernels demo
@@ -27,6 +27,10 @@ format: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/run.py
+
+# Without a virtual environment: a machine with a GPU may have no network. PYTHON is one that has torch with CUDA.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 info: $(VENV)/built
 	$(BIN)/python -m lrkernels info

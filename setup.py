@@ -55,7 +55,7 @@ class Build(BuildExtension):
                 str(target),
             ]
             made_by = target.with_suffix(".txt")
-            sources = [Path("csrc/cuda/kernels.cu"), *Path("csrc").glob("*.h")]
+            sources = [Path("csrc", name) for name in ("cuda/kernels.cu", "kernels.h", "rules.h", "halves.h")]
             newest = max(source.stat().st_mtime for source in sources)
             if not target.exists() or made_by.read_text() != str(command) or target.stat().st_mtime < newest:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -125,10 +125,16 @@ BASELINES = {  # name: the step, how torch's optimizer is to do its part
 class Side:
     """Parameters, and a step on them by ``who``: "ours" or one of BASELINES."""
 
-    def __init__(self, who: str, shapes: list[tuple[int, ...]], optimizer: str, ours: dict[str, Any]) -> None:
-        seed = torch.Generator().manual_seed(0)
-        self.params = [torch.nn.Parameter(0.1 * torch.randn(shape, generator=seed)) for shape in shapes]
-        self.source = [0.01 * torch.randn(shape, generator=seed) for shape in shapes]
+    def __init__(
+        self, who: str, shapes: list[tuple[int, ...]], optimizer: str, ours: dict[str, Any], device: str = "cpu"
+    ) -> None:
+        seed = torch.Generator(device).manual_seed(0)
+
+        def draw(scale: float) -> list[Tensor]:
+            return [scale * torch.randn(shape, generator=seed, device=device) for shape in shapes]
+
+        self.params = [torch.nn.Parameter(x) for x in draw(0.1)]
+        self.source = draw(0.01)
         self.new_gradients()
         if who.startswith("ours"):
             self.step = OURS[optimizer](self.params, **HYPERS[optimizer], **ours, backend="native").step

@@ -28,7 +28,12 @@ class CudaRunner:
         self._list: Tensor | None = None
         self._pinned: list[tuple[Tensor, torch.cuda.Event]] = []  # with the last use of each
         self._spare: Tensor | None = None  # never used so far: what a capture takes, since it cannot make one
-        self._captured: list[Tensor] = []
+        self._captured: list[Tensor] = []  # what replays read
+
+    def __del__(self) -> None:
+        """Wait for the copies that are under way: the memory they read may be anyone's after this."""
+        for _, event in self._pinned:
+            event.synchronize()
 
     def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
         """Run the verbs; a tensor whose layout differs from its parameter's goes through a copy."""
@@ -65,6 +70,7 @@ class CudaRunner:
             self._memory = torch.zeros(memory, dtype=torch.uint8, device=self._device)
         if rows and (self._list is None or self._list.numel() < rows):
             self._list = torch.empty(rows, dtype=torch.uint8, device=self._device)
+            self._captured += [pinned for pinned, _ in self._pinned]  # a copy from one may be under way
             self._pinned, self._spare = [], None
 
     def _free_pinned(self, capturing: bool) -> Tensor | None:

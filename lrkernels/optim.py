@@ -849,10 +849,11 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
-        if "_kept" in state:  # copies of tensors count their versions from 0
+        if "_kept" in state:  # a copy, not a checkpoint being loaded; copies of tensors count their versions from 0
             self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
-        self._plan = self._run = self._seen = self._keys = self._lr = self._all_counts = None
-        self._rates, self._captured = [], False
+            self._run = self._lr = self._all_counts = None
+            self._rates, self._captured = [], False
+        self._plan = self._seen = self._keys = None
         self._told = set()
 
 

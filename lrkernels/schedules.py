@@ -23,7 +23,6 @@ from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage
 
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule, _check
 
@@ -463,6 +462,8 @@ def refined(
 
     width = 2 * (int(smoothing * norms.size) // 2) + 1
     padded = np.pad(norms, (0, width), mode="reflect")  # mirrored at the end, held at the start
+    from scipy import ndimage  # takes long to import, and nothing else needs it
+
     smooth = ndimage.median_filter(padded, width, mode="nearest")[: norms.size]
 
     unit = np.median(smooth[smooth > 0]) if smooth.any() else 1.0

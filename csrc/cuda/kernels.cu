@@ -765,9 +765,14 @@ LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count w
   return shared_last;
 }
 
-// Fewer registers for each thread, or fewer threads: as much as spills nothing.
+// How many blocks a multiprocessor should hold: the more, the fewer registers each has; so many that nothing spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kHungry = 1;  // the compiler takes some more registers for these
+#else
+constexpr int kHungry = 0;
+#endif
 template <Rule kRule, Kind kKind, bool kFull>
-constexpr int kBlocks = kKind == kFloats ? (kRule == kSgd && !kFull ? 5 : 4) : (kRule == kSgd ? 4 : 3);
+constexpr int kBlocks = kKind == kFloats ? (kRule == kSgd && !kFull ? 5 : 4) : (kRule == kSgd ? 4 : 3) - kHungry;
 
 template <Rule kRule, Kind kKind, bool kFull>
 __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
