@@ -181,6 +181,15 @@ bool needs_state(const Job& job, int32_t group, int k) {
   return k < 2 || hyper[lrk::kAmsgrad] != 0;
 }
 
+// Whether the tensor stands for minus what its memory holds, as the imaginary part of a conjugate does. More than one
+// number of that kind are never dense, and so go through a copy anyway.
+bool sign_is_pending(PyObject* tensor) {
+  const Reference answer(PyObject_CallMethod(tensor, "is_neg", nullptr));
+  const bool pending = answer.object && PyObject_IsTrue(answer.object) == 1;
+  PyErr_Clear();
+  return pending;
+}
+
 // Reads row `i`. 1: added, or left out for want of a gradient; 0: its layout needs a copy; -1: an error.
 int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize_t i, int32_t group, float* counts) {
   View views[kLists];
@@ -216,6 +225,7 @@ int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize
   for (const View& view : views)
     if (view.present && !same_layout(view, param)) return 0;
   if (!param.empty() && !is_dense(param)) return 0;
+  if (grad.numel() == 1 && sign_is_pending(items[1])) return 0;
   const View &master = views[kLists - 3], &prev_read = views[kLists - 2], &prev_write = views[kLists - 1];
   if (master.present && master.element() != lrk::kFloat32) {
     error("master[" + std::to_string(i) + "] is not float32");

@@ -304,7 +304,7 @@ def run_copies(
     for i in uneven:
         param = torch.empty_like(arguments[0][i])  # dense, in the order of the parameter's strides
         for k, column in enumerate(columns):
-            if column is None or column[i] is None or _same_layout(column[i], param):
+            if column is None or column[i] is None or (_same_layout(column[i], param) and not column[i].is_neg()):
                 continue
             original = column[i]
             column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)

@@ -61,12 +61,12 @@ def sgd_step(
     elif hyper[Hyper.WEIGHT_DECAY] != 0:
         grad = fma(param, cast(hyper[Hyper.WEIGHT_DECAY], param), grad)
     direction = grad
-    if buffer is not None:
+    if hyper[Hyper.MOMENTUM] != 0:  # and there is a buffer
         undampened = cast(1.0 - hyper[Hyper.DAMPENING], lr)
         if hyper[Hyper.ZERO_INIT] == 0:  # the buffer starts at zero; torch starts it at the first gradient
             undampened = where(updates == 0, cast(1.0, lr), undampened)
         momentum = cast(hyper[Hyper.MOMENTUM], param)
-        buffer = fma(grad, cast(undampened, param), buffer * momentum)
+        buffer = fma(grad, cast(undampened, param), buffer * momentum)  # type: ignore[operator]
         direction = buffer
         if hyper[Hyper.NESTEROV] != 0:
             direction = fma(buffer, momentum, grad)
@@ -99,8 +99,8 @@ def adamw_step(
     weighted = grad * cast(1.0 - hyper[Hyper.BETA2], param)
     exp_avg_sq = fma(weighted, grad, exp_avg_sq * cast(hyper[Hyper.BETA2], param))
     second = exp_avg_sq
-    if max_exp_avg_sq is not None:
-        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+    if hyper[Hyper.AMSGRAD] != 0:  # and there is a third state
+        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)  # type: ignore[arg-type]
         second = max_exp_avg_sq
     unbias2_sqrt = 1.0 / sqrt(1.0 - power(hyper[Hyper.BETA2], step))
     denominator = sqrt(second) * cast(unbias2_sqrt, param) + cast(hyper[Hyper.EPS], param)

@@ -719,27 +719,11 @@ def run_tile(
             store(row.prev_write, row.prev_dtype, offset, grad, job.key, mask, False, ALIGNED, BLOCK)
         scaled = grad * cast(job.scale, grad)
         if step.RULE == _Rule.ADAMW:
-            if STATES > 2:
-                if amsgrad:
-                    new, state0, state1, state2 = adamw_step(
-                        param, scaled, state0, state1, state2, hyper, job.lr, job.length, job.updates
-                    )
-                else:
-                    new, state0, state1, _ = adamw_step(
-                        param, scaled, state0, state1, None, hyper, job.lr, job.length, job.updates
-                    )
-            else:
-                new, state0, state1, _ = adamw_step(
-                    param, scaled, state0, state1, None, hyper, job.lr, job.length, job.updates
-                )
+            new, state0, state1, state2 = adamw_step(
+                param, scaled, state0, state1, state2, hyper, job.lr, job.length, job.updates
+            )
         else:
-            if STATES > 0:
-                if hyper[_Hyper.MOMENTUM] != 0:
-                    new, state0 = sgd_step(param, scaled, state0, hyper, job.lr, job.length, job.updates)
-                else:
-                    new, _ = sgd_step(param, scaled, None, hyper, job.lr, job.length, job.updates)
-            else:
-                new, _ = sgd_step(param, scaled, None, hyper, job.lr, job.length, job.updates)
+            new, state0 = sgd_step(param, scaled, state0, hyper, job.lr, job.length, job.updates)
         if STATES > 0:
             mask = mask_of(inside, row.state0, BLOCK)
             store(row.state0, row.state_dtype, offset, state0, job.key, mask, False, ALIGNED, BLOCK)

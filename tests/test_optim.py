@@ -782,8 +782,9 @@ def test_a_gradient_that_carries_a_graph(backend):
     assert p.grad_fn is None
 
 
-def test_a_gradient_with_a_pending_sign(backend):  # what complex models leave behind
-    [p], grad = parameters([(5,)]), torch.randn(5, dtype=torch.complex64).conj().imag
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_gradient_with_a_pending_sign(size, backend):  # what complex models leave behind
+    [p], grad = parameters([(size,)]), torch.randn(size, dtype=torch.complex64).conj().imag
     p.grad = grad
     assert p.grad.is_neg()
     want = p.detach() - grad.resolve_neg()

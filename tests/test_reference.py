@@ -694,7 +694,7 @@ def test_adamw_bits_in_float32():
         x = x * f(1 - lr * wd)
         m = fma(f(1 - beta1), g - m, m)
         v = fma(f(1 - beta2) * g, g, f(beta2) * v)
-        denom = np.sqrt(v) / f(math.sqrt(1 - beta2**t)) + f(eps)
+        denom = np.sqrt(v) * f(1 / math.sqrt(1 - beta2**t)) + f(eps)
         x = x + (f(-lr / (1 - beta1**t)) * m) / denom
         assert np.array_equal(params[0].detach().numpy(), x)
 
