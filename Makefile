@@ -37,11 +37,12 @@ info: $(VENV)/built
 
 build: $(VENV)/built
 
-# torch first: without build isolation the extension is compiled against the torch that runs it.
+# torch first: without build isolation the extension is compiled against the torch that runs it. The CUDA kernels, which
+# take a minute or two, are left to the second build.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	LRKERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
