@@ -717,9 +717,10 @@ class FusedOptimizer(Optimizer):
             entry = {key: value for key, value in self.state[p].items() if key not in left_out}
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
-            if p in self._kept:
+            has_prev = counts[Count.HAS_PREV] != 0 or self._rehearsed
+            if has_prev and p in self._kept:
                 entry["prev_grad"] = self._kept[p][0]
-            elif "prev_grad" in self.state[p] and (counts[Count.HAS_PREV] != 0 or self._rehearsed):
+            elif has_prev and "prev_grad" in self.state[p]:
                 entry["prev_grad"] = self.state[p]["prev_grad"]
             if entry:
                 state[i] = entry

@@ -148,8 +148,8 @@ def registers(constants: Mapping[str, int]) -> int:
     """Return the registers of a thread: as few as do without spilling, so that more programs run at once."""
     kinds = {constants[name] for name in ("PARAM", "UPDATED", "GRAD", "STATE", "PREV")}
     if kinds == {Dtype.FLOAT32}:
-        return 128
-    return 255 if kinds & {Dtype.FLOAT64, Dtype.MIXED} else 168
+        return 136
+    return 255 if kinds & {Dtype.FLOAT64, Dtype.MIXED} else 176
 
 
 def any_of(column: Any) -> bool:
