@@ -443,12 +443,13 @@ DECADES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 KAPPAS, BIASES = (0.05, 0.1, 0.2, 0.3, 0.5), (0.0, 0.01, 0.02, 0.05)
 STARTS = {"adamw": (0.1, 1e-3, 1e-6), "sgd": (1.0, 1e-3, 1e-6)}
 
+HALVES = (3.0, 0.3, 0.03, 0.003)  # half-way between the decades
 LINEAR = Method("linear decay", "linear")
 CONSTANT = Method("constant", "constant")
 SENSITIVITY = [
     Method("fixed", "constant", DECADES, clip=None),
     Method("fixed, clipped", "constant", DECADES, clip=1.0),
-    Method("linear decay, clipped", "linear", DECADES, clip=1.0),
+    Method("linear decay, clipped", "linear", (*HALVES, *DECADES), clip=1.0),
     Method("`alignment`", "alignment", DECADES, clip=None),
     Method("`alignment`, clipped", "alignment", DECADES, clip=1.0),
     Method("`self_tuning`", "self_tuning", DECADES, clip=None),
@@ -456,7 +457,7 @@ SENSITIVITY = [
     Method("`gala`, same batch", "gala", DECADES, None, {"mode": "same_batch"}),
     Method("`gala`, same batch, clipped", "gala", DECADES, 1.0, {"mode": "same_batch"}),
     Method("`gala`, consecutive, clipped", "gala", DECADES, 1.0, {"mode": "consecutive"}),
-    Method("schedule-free", "schedule_free", (10.0, 3.0, 0.3, 0.03, 0.003, *DECADES), None),
+    Method("schedule-free", "schedule_free", (10.0, *HALVES, *DECADES), None),
     Method("Prodigy", "prodigy", (1.0,), None, {"decay": "none"}),
     Method("Prodigy, cosine", "prodigy", (1.0,), None, {"decay": "cosine"}),
 ]
@@ -496,7 +497,10 @@ STUDIES: dict[str, dict[str, list[Method]]] = {
         "digits_adamw": FEWER,
         "text_adamw": SENSITIVITY,
         "text_sgd": FEWER,
-        "logistic_sgd": [m for m in SENSITIVITY if m.clip is None],
+        "logistic_sgd": [
+            Method("linear decay", "linear", (*HALVES, *DECADES), clip=None),
+            *(m for m in SENSITIVITY if m.clip is None),
+        ],
     },
     "bias": {
         "digits_sgd": [
