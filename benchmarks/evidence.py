@@ -24,14 +24,14 @@ from studies import (
     DECADES,
     KAPPAS,
     LINEAR,
-    PHIS,
     PROBLEMS,
     REGIMES,
     SHAPES,
+    STARTS,
     STUDIES,
     Method,
-    bias_grid,
-    runs_of,
+    all_digits,
+    kind_of,
 )
 
 from lrkernels import plots
@@ -40,6 +40,14 @@ if TYPE_CHECKING:
     from learning import Results
 
 ENOUGH = 5  # seeds, for anything to be said
+BASELINE = {  # the method without which a problem of a study cannot be compared
+    "sensitivity": "linear",
+    "bias": "linear",
+    "schedules": "linear",
+    "refined": "linear",
+    "uba": "linear",
+    "volsched": "cosine",
+}
 COLOURS = ["#16425b", "#f2a65a", "#c1121f", "#5b8e7d", "#8f5ea2", "#7f7f7f", "#3aa0c9", "#b08900"]
 
 
@@ -80,18 +88,47 @@ class Cell:
 
 
 class Study:
-    """The results of one study.
+    """The results of one study: of the rows that have enough seeds.
 
     Args:
         results: All of them.
         name: A key of STUDIES.
+
+    Attributes:
+        rows: problem -> the methods to be written about.
+        missing: problem -> the others.
+        seeds: How many seeds every cell has.
     """
 
     def __init__(self, results: Results, name: str) -> None:
         self.results, self.name = results, name
-        self.seeds = 0
-        while all(run.key in results.done for run in runs_of(name, self.seeds)):
-            self.seeds += 1
+        counts = {problem: [self._complete(m, problem) for m in methods] for problem, methods in STUDIES[name].items()}
+        self.seeds = min((n for row in counts.values() for n in row if n >= ENOUGH), default=0)
+        self.rows: dict[str, list[Method]] = {}
+        self.missing: dict[str, list[Method]] = {}
+        for problem, methods in STUDIES[name].items():
+            for method, count in zip(methods, counts[problem], strict=True):
+                (self.rows if count >= ENOUGH else self.missing).setdefault(problem, []).append(method)
+        for problem, methods in list(self.rows.items()):
+            if not any(method.method == BASELINE.get(name, method.method) for method in methods):
+                self.missing[problem] = [*methods, *self.missing.get(problem, [])]
+                del self.rows[problem]
+
+    def _complete(self, method: Method, problem: str) -> int:
+        """The number of seeds, from 0 on, for which all of a row was run."""
+        seed = 0
+        while all(run.key in self.results.done for run in method.runs(problem, seed)):
+            seed += 1
+        return seed
+
+    @property
+    def gaps(self) -> str:
+        """What was not run, in words."""
+        names = [
+            f"{problem} ({'all' if problem not in self.rows else ', '.join(method.label for method in methods)})"
+            for problem, methods in self.missing.items()
+        ]
+        return f"Not yet run with {ENOUGH} seeds, and left out: {'; '.join(names)}.\n" if names else ""
 
     def cell(self, method: Method, problem: str, lr: float, budget: float = 1.0, figure: str = "loss") -> Cell:
         """Read one run over the seeds."""
@@ -122,15 +159,20 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def picture(path: Path, draw: Callable[[Any], None], rows: int, columns: int, width: float, height: float) -> str:
-    """Draw on a grid of axes and return the line for the document."""
+def picture(path: Path, draw: Callable[[Any], None], panels: int) -> str:
+    """Draw into so many panels, two or three in a line, and return the line for the document."""
+    columns = 3 if panels % 3 == 0 else min(panels, 2)
+    lines = math.ceil(panels / columns)
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(width, height))
-        draw(figure.subplots(rows, columns, squeeze=False))
+        figure = Figure(figsize=(0.8 + 3.6 * columns, 0.9 + 3.2 * lines))
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes in grid.flat[panels:]:
+            axes.remove()
+        draw(np.array(figure.axes, dtype=object))
         entries: dict[str, Any] = {}
         for axes in figure.axes:
             entries |= {text: line for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 4))
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 2 * columns, 4))
         figure.savefig(path, dpi=90)
     return f"![{path.stem}]({path.name})\n"
 
@@ -148,37 +190,71 @@ def regret(cell: Cell, best: Cell, problem: str) -> Cell:
     return Cell(tuple(scale * value for value in cell.minus(best).values), cell.failed, cell.lr)
 
 
-def tuned(study: Study, methods: list[Method], problems: Iterable[str], figure: str = "loss") -> str:
-    """A row for each method, a column for each problem: the figure at the best rate of that row."""
-    rows = []
-    for method in methods:
-        cells = [study.best(method, problem, figure=figure) for problem in problems]
-        rows.append([method.label, *(f"{cell} at {number(cell.lr)}" for cell in cells)])
-    return table(["", *problems], rows)
+def by_label(study: Study) -> dict[str, dict[str, Method]]:
+    """The rows of all problems: label -> problem -> method."""
+    labels: dict[str, dict[str, Method]] = {}
+    for problem, methods in study.rows.items():
+        for method in methods:
+            labels.setdefault(method.label, {})[problem] = method
+    return labels
 
 
-def against(study: Study, methods: list[Method], baseline: Method, problems: Iterable[str]) -> str:
-    """The same, each minus the baseline at its own best rate, seed by seed; and how many seeds it was below it."""
-    rows = []
-    for method in methods:
-        if method == baseline:
-            continue
-        cells = [study.best(method, p).minus(study.best(baseline, p)) for p in problems]
-        wins = [sum(value < 0 for value in cell.values) for cell in cells]
-        rows.append([method.label, *(f"{c}, {w} of {study.seeds}" for c, w in zip(cells, wins, strict=True))])
-    return table([f"minus {baseline.label}", *problems], rows)
+def at(cell: Cell) -> str:
+    """A cell and the rate that it was run from."""
+    return f"{cell} at {number(cell.lr)}"
 
 
-def accuracies(study: Study, methods: list[Method], problems: Iterable[str]) -> str:
+def per_cent(cell: Cell) -> Cell:
+    return Cell(tuple(100 * value for value in cell.values), cell.failed, cell.lr)
+
+
+def tuned(study: Study) -> str:
+    """A row for each method, a column for each problem: the loss at the best rate of that row."""
+    rows = [
+        [label, *(at(study.best(own[p], p)) if p in own else "" for p in study.rows)]
+        for label, own in by_label(study).items()
+    ]
+    return table(["loss at the best rate", *study.rows], rows)
+
+
+def most_accurate(study: Study, method: Method, problem: str) -> Cell:
     """Held-out accuracy in per cent, at the rate that is best for it."""
+    return per_cent(study.best(method, problem, figure="accuracy", by=lambda cell: -cell.mean))
+
+
+def accuracies(study: Study) -> str:
+    """The same for the held-out accuracy, on the problems that have one."""
+    problems = [p for p in study.rows if PROBLEMS[p].everything is all_digits]
+    rows = [
+        [label, *(at(most_accurate(study, own[p], p)) if p in own else "" for p in problems)]
+        for label, own in by_label(study).items()
+        if any(p in own for p in problems)
+    ]
+    return table(["held-out accuracy, %, at the best rate", *problems], rows) if rows else ""
+
+
+def against(
+    study: Study, baseline: str, find: Callable[[Study, Method, str], Cell], better: Callable[[float], bool]
+) -> str:
+    """Each minus the baseline at its own best rate, seed by seed; and on how many seeds it is better."""
+    labels = by_label(study)
     rows = []
-    for method in methods:
-        cells = []
-        for problem in problems:
-            best = study.best(method, problem, figure="accuracy", by=lambda cell: -cell.mean)
-            cells.append(Cell(tuple(100 * value for value in best.values), best.failed, best.lr))
-        rows.append([method.label, *(f"{cell} at {number(cell.lr)}" for cell in cells)])
-    return table(["held-out accuracy, %", *problems], rows)
+    for label, own in labels.items():
+        if label == baseline:
+            continue
+        row = [label]
+        for p in study.rows:
+            if p not in own or p not in labels[baseline]:
+                row.append("")
+                continue
+            difference = find(study, own[p], p).minus(find(study, labels[baseline][p], p))
+            row.append(f"{difference}; {sum(map(better, difference.values))} of {study.seeds}")
+        rows.append(row)
+    return table([f"minus {baseline}; better on", *study.rows], rows)
+
+
+def losses_against(study: Study, baseline: str) -> str:
+    return against(study, baseline, lambda study, method, p: study.best(method, p), lambda x: x < 0)
 
 
 # -- one function for each study: the text below its heading -----------------------------------------------------------
@@ -186,7 +262,7 @@ def accuracies(study: Study, methods: list[Method], problems: Iterable[str]) -> 
 
 def sensitivity(study: Study, folder: Path) -> str:
     parts = []
-    for problem, methods in STUDIES["sensitivity"].items():
+    for problem, methods in study.rows.items():
         best = study.best(next(m for m in methods if m.method == "linear"), problem)
         rows = []
         for method in methods:
@@ -199,151 +275,148 @@ def sensitivity(study: Study, folder: Path) -> str:
             rows.append([method.label, *values, f"{least} at {number(least.lr)}", "; ".join(regrets)])
         head = ["first rate", *map(number, DECADES), "at its best rate", "regret there; worst, %"]
         parts.append(f"{PROBLEMS[problem].title}, {PROBLEMS[problem].figure}:\n\n{table(head, rows)}")
-    shown = ["fixed", "linear decay, clipped", "`alignment`, clipped", "`self_tuning`, clipped"]
-    shown += ["`gala`, same batch, clipped", "schedule-free"]
+    lines = ["fixed", "linear decay, clipped", "`alignment`, clipped", "`self_tuning`, clipped"]
+    lines += ["`gala`, same batch, clipped", "schedule-free"]
 
     def draw(grid: Any) -> None:
-        for axes, problem in zip(grid.flat, ("digits_sgd", "digits_adamw", "text_sgd", "text_adamw"), strict=True):
-            methods = {m.label: m for m in STUDIES["sensitivity"][problem]}
-            for label, colour in zip(shown, COLOURS, strict=False):
-                cells = [study.cell(methods[label], problem, lr) for lr in DECADES]
-                curve(axes, list(DECADES), cells, label.replace("`", ""), colour)
-            axes.axhline(study.cell(methods["Prodigy"], problem, 1.0).mean, color="k", ls=":", lw=1, label="Prodigy")
+        for axes, (problem, rows) in zip(grid.flat, study.rows.items(), strict=True):
+            methods = {m.label: m for m in rows}
+            for label, colour in zip(lines, COLOURS, strict=False):
+                method = methods.get(label) or methods.get(label.removesuffix(", clipped"))  # the logistic one never is
+                if method:
+                    cells = [study.cell(method, problem, lr) for lr in DECADES]
+                    curve(axes, list(DECADES), cells, label.replace("`", ""), colour)
+            if "Prodigy" in methods:
+                mean = study.cell(methods["Prodigy"], problem, 1.0).mean
+                axes.axhline(mean, color="k", linestyle=":", linewidth=1, label="Prodigy")
             axes.set(xscale="log", title=PROBLEMS[problem].title, ylabel=PROBLEMS[problem].figure)
             axes.invert_xaxis()
-        for axes in grid[-1]:
             axes.set_xlabel("first rate")
 
-    parts.append(picture(folder / "evidence_sensitivity.png", draw, 2, 2, 10, 8))
+    parts.append(picture(folder / "evidence_sensitivity.png", draw, len(study.rows)))
     return "\n".join(parts)
 
 
 def bias(study: Study, folder: Path) -> str:
-    problems = STUDIES["bias"]
-    parts, worsts = [], {}
-    for method, baseline in (("self_tuning", LINEAR), ("alignment", CONSTANT)):
-        grids = {p: {m.label: m for m in rows if m.method == method} for p, rows in problems.items()}
-        grids = {p: grid for p, grid in grids.items() if grid}
-        whole = [p for p, grid in grids.items() if len(grid) == len(KAPPAS) * len(BIASES)]
-        rows = []
-        for label in (m.label for m in bias_grid(method, whole[0])):
-            cells: dict[str, list[Cell]] = {}
-            for p, grid in grids.items():
-                best = study.best(baseline, p)
-                if label in grid:
-                    cells[p] = [regret(study.cell(grid[label], p, lr), best, p) for lr in grid[label].rates or ()]
-            means = {p: statistics.fmean(c.mean for c in row) for p, row in cells.items()}
-            overall = Cell(
-                tuple(statistics.fmean(c.values[seed] for p in whole for c in cells[p]) for seed in range(study.seeds))
-            )
-            worst = max((c for p in whole for c in cells[p]), key=lambda c: c.mean)
-            worsts[label] = worst.mean
-            columns = [f"{means[p]:.1f}; {max(c.mean for c in cells[p]):.1f}" if p in cells else "" for p in grids]
-            rows.append([*label.split()[1:], *columns, str(overall), str(worst)])
-        head = [
-            "kappa",
-            "bias",
-            *(f"{p}: mean; worst" for p in grids),
-            "mean over " + ", ".join(whole),
-            "worst of them",
-        ]
-        name = "`recipes.self_tuning`, clipped as usual, against tuned linear decay"
-        if method == "alignment":
-            name = "`schedules.alignment`, left on to the end, against a tuned constant rate"
-        parts.append(f"{name}; regret in %:\n\n{table(head, rows)}")
+    parts = []
+    worsts: dict[str, dict[tuple[float, float], float]] = {}
+    for method, baseline, name in (
+        ("self_tuning", LINEAR, "`recipes.self_tuning`, against tuned linear decay"),
+        ("alignment", CONSTANT, "`schedules.alignment`, left on to the end, against a tuned constant rate"),
+    ):
+        labels = {k: own for k, own in by_label(study).items() if k.startswith(f"{method} ")}
+        bases = {p: study.best(baseline, p) for p, rows in study.rows.items() if baseline in rows}
+        problems = [p for p in bases if any(p in own for own in labels.values())]
+        rows, worsts[method] = [], {}
+        for own in labels.values():
+            own = {p: own[p] for p in problems if p in own}
+            if not own:
+                continue
+            settings = next(iter(own.values())).settings
+            cells = {p: [regret(study.cell(m, p, lr), bases[p], p) for lr in m.rates or ()] for p, m in own.items()}
+            columns = []
+            for p in problems:
+                starts = sorted(cells.get(p, []), key=lambda c: -c.lr)
+                columns.append(" / ".join(f"{c.mean:.1f} ({c.std:.1f})" for c in starts))
+            columns += ["", ""]
+            if len(own) == len(problems):
+                every = [c for row in cells.values() for c in row]
+                means = Cell(tuple(statistics.fmean(c.values[s] for c in every) for s in range(study.seeds)))
+                worst = max(every, key=lambda c: c.mean)
+                columns[-2:] = [f"{means.mean:.1f} ({means.std:.1f})", f"{worst.mean:.1f} ({worst.std:.1f})"]
+                worsts[method][settings["kappa"], settings["bias"]] = worst.mean
+            rows.append([f"{settings['kappa']:g}", f"{settings['bias']:g}", *columns])
+        starts = [f"{p}, from {' / '.join(map(number, STARTS[kind_of(p)]))}" for p in problems]
+        if rows:
+            parts.append(f"{name}, regret in %:\n\n{table(['kappa', 'bias', *starts, 'mean', 'worst'], rows)}")
+    drawn = {method: values for method, values in worsts.items() if values}
 
     def draw(grid: Any) -> None:
-        for axes, method in zip(grid.flat, ("self_tuning", "alignment"), strict=True):
+        for axes, (method, values) in zip(grid.flat, drawn.items(), strict=True):
             for kappa, colour in zip(KAPPAS, COLOURS, strict=False):
-                values = [worsts[f"{method} {kappa:g} {b:g}"] for b in BIASES]
-                axes.plot(BIASES, values, marker="o", color=colour, label=f"kappa {kappa:g}")
+                points = [(b, values[kappa, b]) for b in BIASES if (kappa, b) in values]
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", color=colour, label=f"kappa {kappa:g}"
+                ) if points else 0
             axes.set(title=method, xlabel="bias", ylabel="worst regret, %", yscale="log")
 
-    parts.append(picture(folder / "evidence_bias.png", draw, 1, 2, 9, 4))
+    if drawn:
+        parts.append(picture(folder / "evidence_bias.png", draw, len(drawn)))
     return "\n".join(parts)
 
 
 def shapes(study: Study, folder: Path) -> str:
-    problems = list(STUDIES["schedules"])
-
     def draw(grid: Any) -> None:
-        for axes, problem in zip(grid.flat, problems, strict=True):
-            for method, colour in zip(SHAPES, COLOURS, strict=False):
+        for axes, (problem, methods) in zip(grid.flat, study.rows.items(), strict=True):
+            for method in methods:
                 rates = list(PROBLEMS[problem].tuning)
-                curve(axes, rates, [study.cell(method, problem, lr) for lr in rates], method.label, colour)
-            axes.set(xscale="log", title=PROBLEMS[problem].title, ylabel=PROBLEMS[problem].figure, xlabel="rate")
-            axes.set_yscale("log")
+                cells = [study.cell(method, problem, lr) for lr in rates]
+                curve(axes, rates, cells, method.label, COLOURS[SHAPES.index(method)])
+            axes.set(xscale="log", yscale="log", title=PROBLEMS[problem].title, xlabel="rate")
+            axes.set_ylabel(PROBLEMS[problem].figure)
 
-    return "\n".join(
-        [
-            tuned(study, SHAPES, problems),
-            against(study, SHAPES, LINEAR, problems),
-            accuracies(study, SHAPES, ["digits_sgd", "mlp_sgd"]),
-            picture(folder / "evidence_schedules.png", draw, 2, 2, 10, 8),
-        ]
-    )
+    image = picture(folder / "evidence_schedules.png", draw, len(study.rows))
+    return "\n".join([tuned(study), losses_against(study, LINEAR.label), accuracies(study), image])
 
 
 def refinement(study: Study, folder: Path) -> str:
-    problems = list(STUDIES["refined"])
-    methods = STUDIES["refined"][problems[0]]
+    own = by_label(study).get("refined", {})
     degenerate = []
 
     def draw(grid: Any) -> None:
-        for axes, problem in zip(grid.flat, problems, strict=True):
-            lr = study.best(methods[-1], problem).lr
-            rows = [study.results.done[methods[-1].run(problem, lr, s).key]["shape"] for s in range(study.seeds)]
+        for axes, (problem, method) in zip(grid.flat, own.items(), strict=True):
+            lr = study.best(method, problem).lr
+            rows = [study.results.done[method.run(problem, lr, s).key]["shape"] for s in range(study.seeds)]
             mean, std = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
             x = np.linspace(0, 1, len(mean))
             axes.plot(x, 1 - x, color=COLOURS[-3], linestyle="--", label="linear decay")
             axes.plot(x, mean, color=COLOURS[0], label="refined, mean and standard deviation over seeds")
             axes.fill_between(x, mean - std, mean + std, color=COLOURS[0], alpha=0.2, linewidth=0)
-            axes.set(title=f"{PROBLEMS[problem].title}, rate {number(lr)}", xlabel="share of the run")
+            axes.set(title=f"{PROBLEMS[problem].title}, {number(lr)}", xlabel="share of the run")
 
-    image = picture(folder / "evidence_refined.png", draw, 2, 2, 10, 6.5)
-    for problem in problems:
-        runs = [methods[-1].run(problem, lr, s) for lr in PROBLEMS[problem].tuning for s in range(study.seeds)]
+    for problem, method in own.items():
+        runs = [run for seed in range(study.seeds) for run in method.runs(problem, seed)]
         count = sum(study.results.done[run.key]["degenerate"] for run in runs)
         degenerate.append(f"{problem} {count} of {len(runs)}")
-    return "\n".join(
-        [
-            tuned(study, methods, problems),
-            against(study, methods, LINEAR, problems),
-            f"Refined schedules that `refined` itself called degenerate: {', '.join(degenerate)}.\n",
-            image,
-        ]
-    )
+    parts = [tuned(study), losses_against(study, LINEAR.label), accuracies(study)]
+    if own:
+        parts.append(f"Refined schedules that `refined` itself called degenerate: {', '.join(degenerate)}.\n")
+        parts.append(picture(folder / "evidence_refined.png", draw, len(own)))
+    return "\n".join(parts)
 
 
 def uba(study: Study, folder: Path) -> str:
     parts = []
-    for problem, methods in STUDIES["uba"].items():
+    linears = {p: next(m for m in methods if m.method == "linear") for p, methods in study.rows.items()}
+    for problem, methods in study.rows.items():
         rows = []
-        linear = methods[-1]
         for method in methods:
             cells = [study.best(method, problem, budget) for budget in BUDGETS]
-            differences = [c.minus(study.best(linear, problem, b)) for c, b in zip(cells, BUDGETS, strict=True)]
+            bases = [study.best(linears[problem], problem, budget) for budget in BUDGETS]
+            differences = [
+                "" if method.method == "linear" else str(c.minus(b)) for c, b in zip(cells, bases, strict=True)
+            ]
             label = f"{method.label} (the cosine)" if method.settings.get("phi") == 2 else method.label
-            values = [f"{cell} at {number(cell.lr)}" for cell in cells]
-            rows.append([label, *values, *([""] * 3 if method is linear else map(str, differences))])
+            rows.append([label, *map(at, cells), *differences])
         head = ["", *(f"{b:.0%} of the steps" for b in BUDGETS), *(f"{b:.0%}, minus linear" for b in BUDGETS)]
         parts.append(f"{PROBLEMS[problem].title}, {PROBLEMS[problem].figure}:\n\n{table(head, rows)}")
 
     def draw(grid: Any) -> None:
-        for axes, (problem, methods) in zip(grid.flat, STUDIES["uba"].items(), strict=True):
+        for axes, (problem, methods) in zip(grid.flat, study.rows.items(), strict=True):
+            curves = [m for m in methods if m.method == "uba"]
             for budget, colour in zip(BUDGETS, COLOURS, strict=False):
-                name = f"{budget:.0%} of the steps"
-                curve(axes, list(PHIS), [study.best(m, problem, budget) for m in methods[:-1]], name, colour)
-                linear = study.best(methods[-1], problem, budget).mean
-                axes.axhline(linear, color=colour, linestyle="--", linewidth=1, label="linear decay")
+                cells = [study.best(m, problem, budget) for m in curves]
+                curve(axes, [m.settings["phi"] for m in curves], cells, f"{budget:.0%} of the steps", colour)
+                mean = study.best(linears[problem], problem, budget).mean
+                axes.axhline(mean, color=colour, linestyle="--", linewidth=1, label="linear decay")
             axes.set(xscale="log", yscale="log", title=problem, xlabel="phi", ylabel=PROBLEMS[problem].figure)
 
-    parts.append(picture(folder / "evidence_uba.png", draw, 1, 3, 11, 4))
+    parts.append(picture(folder / "evidence_uba.png", draw, len(study.rows)))
     return "\n".join(parts)
 
 
 def regimes(study: Study, folder: Path) -> str:
-    methods = STUDIES["regimes"]["mlp_sgd"]
+    methods = study.rows["mlp_sgd"]
     rates = methods[0].rates or ()
 
     def norms(method: Method, lr: float) -> np.ndarray:
@@ -353,47 +426,30 @@ def regimes(study: Study, folder: Path) -> str:
     rows = []
     for method in methods:
         cells = [Cell(tuple(norms(method, lr)[:, -5:].mean(1).tolist()), 0, lr) for lr in rates]
-        accuracy = study.best(method, "mlp_sgd", figure="accuracy", by=lambda cell: -cell.mean)
-        accuracy = Cell(tuple(100 * value for value in accuracy.values), 0, accuracy.lr)
         steps = study.results.done[method.run("mlp_sgd", rates[0], 0).key]["steps"]
-        rows.append([method.label, str(steps), *map(str, cells), f"{accuracy} at {number(accuracy.lr)}"])
+        rows.append([method.label, str(steps), *map(str, cells), at(most_accurate(study, method, "mlp_sgd"))])
     head = ["regime, decay of the rate", "steps", *(f"norm, lr {number(lr)}" for lr in rates), "held-out accuracy, %"]
 
     def draw(grid: Any) -> None:
         for axes, lr in zip(grid.flat, rates, strict=True):
             for title, colour in zip(REGIMES, COLOURS, strict=False):
-                method = next(m for m in methods if m.label == f"{title}, constant")
+                method = next((m for m in methods if m.label == f"{title}, constant"), None)
+                if method is None:
+                    continue
                 logs = np.log10(norms(method, lr))
                 mean, std = logs.mean(0), logs.std(0, ddof=1)
                 x = np.arange(1, len(mean) + 1)
                 axes.plot(x, 10**mean, color=colour, label=method.label)
                 axes.fill_between(x, 10 ** (mean - std), 10 ** (mean + std), color=colour, alpha=0.15, linewidth=0)
             axes.set(yscale="log", title=f"lr {number(lr)}", xlabel="epoch")
-        grid[0, 0].set_ylabel("norm of the full gradient")
+        grid[0].set_ylabel("norm of the full gradient")
 
-    return "\n".join([table(head, rows), picture(folder / "evidence_regimes.png", draw, 1, 3, 11, 4)])
+    return "\n".join([table(head, rows), picture(folder / "evidence_regimes.png", draw, len(rates))])
 
 
 def volatility(study: Study, folder: Path) -> str:
-    problems = list(STUDIES["volsched"])
-    methods = STUDIES["volsched"][problems[0]]
-    cosine = methods[0]
-    rows = []
-    for method in methods[1:]:
-        row = [method.label]
-        for problem in problems:
-            pair = [study.best(m, problem, figure="accuracy", by=lambda cell: -cell.mean) for m in (method, cosine)]
-            difference = pair[0].minus(pair[1])
-            wins = sum(value > 0 for value in difference.values)
-            row.append(f"{Cell(tuple(100 * v for v in difference.values))}, {wins} of {study.seeds}")
-        rows.append(row)
-    return "\n".join(
-        [
-            accuracies(study, methods, problems),
-            table(["accuracy minus cosine's, points; seeds above it", *problems], rows),
-            tuned(study, methods, problems),
-        ]
-    )
+    differences = against(study, "cosine", most_accurate, lambda x: x > 0)
+    return "\n".join([accuracies(study), differences, tuned(study)])
 
 
 def costs(results: Results) -> str:
@@ -523,8 +579,7 @@ def write(results: Results, folder: Path) -> None:
     """Write evidence.md and the pictures into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     studies = {name: Study(results, name) for name in SECTIONS}
-    ready = [study.seeds for study in studies.values() if study.seeds >= ENOUGH]
-    seeds = "to ".join(dict.fromkeys([str(min(ready)), str(max(ready))])) if ready else str(ENOUGH)
+    seeds = " or ".join(map(str, sorted({study.seeds for study in studies.values() if study.rows} or {ENOUGH})))
     said = comments(results.path.with_suffix(".md"))
     parts = [INTRODUCTION.format(seeds=seeds), problems_table(), DATA]
     if "summary" in said:
@@ -532,19 +587,19 @@ def write(results: Results, folder: Path) -> None:
     for name, (title, text, section) in SECTIONS.items():
         study = studies[name]
         parts.append(f"## {title}\n\n{text}\n")
-        if study.seeds < ENOUGH:
-            parts.append(f"Not yet run: {study.seeds} of {ENOUGH} seeds are complete.\n")
+        if not study.rows:
+            parts.append(f"Not yet run with {ENOUGH} seeds.\n")
             continue
         if name in said:
             parts.append(f"**What came out** ({study.seeds} seeds in every cell). {said[name]}\n")
         else:
             parts.append(f"{study.seeds} seeds in every cell.\n")
-        parts.append(section(study, folder))
+        parts += [section(study, folder), study.gaps]
     parts.append(f"## What a step costs\n\n{COST}")
     parts += [f"{said['cost']}\n"] if "cost" in said else []
     parts.append(costs(results) if results.costs else "Not yet measured.\n")
     parts.append(f"## Machine\n\n{about(results)}")
-    (folder / "evidence.md").write_text("\n".join(parts).rstrip() + "\n")
+    (folder / "evidence.md").write_text("\n".join(part for part in parts if part).rstrip() + "\n")
 
 
 DATA = """\

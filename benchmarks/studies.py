@@ -53,7 +53,7 @@ def all_digits(seed: int) -> Batch:
 
 @functools.lru_cache
 def text(seed: int) -> Task:
-    return tasks.text(seed, batch_size=8, context=64, width=32, layers=1)
+    return tasks.text(seed, batch_size=8, context=32, width=32, layers=1)
 
 
 def larger_text(seed: int) -> Task:
@@ -141,8 +141,6 @@ PROBLEMS = {
                        FusedSGD, MOMENTUM, 1.0, SGD_RATES),
     "text_adamw": Problem("text, transformer, AdamW", text, None, math.log(256), 300,
                           FusedAdamW, ADAMW, 1.0, ADAMW_RATES),
-    "text_sgd": Problem("text, transformer, SGD with momentum", text, None, math.log(256), 300,
-                        FusedSGD, MOMENTUM, 1.0, SGD_RATES),
     "logistic_sgd": Problem("logistic regression, SGD without momentum", logistic, lambda seed: patients(),
                             math.log(2), 400, FusedSGD, {}, None, SGD_RATES),
     "cost_sgd": Problem("a transformer of 0.5 M parameters, SGD with momentum", larger_text, None, math.log(256), 30,
@@ -481,8 +479,12 @@ REGIMES = {
 FEWER = [m for m in SENSITIVITY if m.clip == 1.0 or m.method in ("constant", "schedule_free", "prodigy")]
 
 
+def kind_of(problem: str) -> str:
+    return "adamw" if PROBLEMS[problem].optimizer is FusedAdamW else "sgd"
+
+
 def bias_grid(method: str, problem: str, kappas: tuple[float, ...] = KAPPAS) -> list[Method]:
-    starts = STARTS["adamw" if PROBLEMS[problem].optimizer is FusedAdamW else "sgd"]
+    starts = STARTS[kind_of(problem)]
     return [
         Method(f"{method} {kappa:g} {bias:g}", method, starts, settings={"kappa": kappa, "bias": bias})
         for kappa in kappas
@@ -495,8 +497,10 @@ STUDIES: dict[str, dict[str, list[Method]]] = {
     "sensitivity": {
         "digits_sgd": SENSITIVITY,
         "digits_adamw": FEWER,
-        "text_adamw": SENSITIVITY,
-        "text_sgd": FEWER,
+        "text_adamw": [
+            *FEWER,
+            *(m for m in SENSITIVITY if m.clip is None and m.method in ("alignment", "self_tuning")),
+        ],
         "logistic_sgd": [
             Method("linear decay", "linear", (*HALVES, *DECADES), clip=None),
             *(m for m in SENSITIVITY if m.clip is None),
@@ -507,7 +511,7 @@ STUDIES: dict[str, dict[str, list[Method]]] = {
             LINEAR,
             CONSTANT,
             *bias_grid("self_tuning", "digits_sgd"),
-            *bias_grid("alignment", "digits_sgd"),
+            *bias_grid("alignment", "digits_sgd", (0.2,)),
         ],
         "digits_adamw": [LINEAR, *bias_grid("self_tuning", "digits_adamw", (0.1, 0.2, 0.3))],
         "mlp_sgd": [LINEAR, CONSTANT, *bias_grid("self_tuning", "mlp_sgd"), *bias_grid("alignment", "mlp_sgd")],
