@@ -307,6 +307,7 @@ def bias(study: Study, folder: Path) -> str:
         labels = {k: own for k, own in by_label(study).items() if k.startswith(f"{method} ")}
         bases = {p: study.best(baseline, p) for p, rows in study.rows.items() if baseline in rows}
         problems = [p for p in bases if any(p in own for own in labels.values())]
+        common = [p for p in problems if all(p in own for own in labels.values())]
         rows, worsts[method] = [], {}
         for own in labels.values():
             own = {p: own[p] for p in problems if p in own}
@@ -319,8 +320,8 @@ def bias(study: Study, folder: Path) -> str:
                 starts = sorted(cells.get(p, []), key=lambda c: -c.lr)
                 columns.append(" / ".join(f"{c.mean:.1f} ({c.std:.1f})" for c in starts))
             columns += ["", ""]
-            if len(own) == len(problems):
-                every = [c for row in cells.values() for c in row]
+            every = [c for p in common for c in cells[p]]
+            if every:
                 means = Cell(tuple(statistics.fmean(c.values[s] for c in every) for s in range(study.seeds)))
                 worst = max(every, key=lambda c: c.mean)
                 columns[-2:] = [f"{means.mean:.1f} ({means.std:.1f})", f"{worst.mean:.1f} ({worst.std:.1f})"]
@@ -338,7 +339,7 @@ def bias(study: Study, folder: Path) -> str:
                 axes.plot(
                     *zip(*points, strict=True), marker="o", color=colour, label=f"kappa {kappa:g}"
                 ) if points else 0
-            axes.set(title=method, xlabel="bias", ylabel="worst regret, %", yscale="log")
+            axes.set(title=method, xlabel="bias", ylabel="worst regret, %")
 
     if drawn:
         parts.append(picture(folder / "evidence_bias.png", draw, len(drawn)))

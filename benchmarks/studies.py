@@ -483,11 +483,12 @@ def kind_of(problem: str) -> str:
     return "adamw" if PROBLEMS[problem].optimizer is FusedAdamW else "sgd"
 
 
-def bias_grid(method: str, problem: str, kappas: tuple[float, ...] = KAPPAS) -> list[Method]:
-    starts = STARTS[kind_of(problem)]
+def bias_grid(method: str, problem: str) -> list[Method]:
     return [
-        Method(f"{method} {kappa:g} {bias:g}", method, starts, settings={"kappa": kappa, "bias": bias})
-        for kappa in kappas
+        Method(
+            f"{method} {kappa:g} {bias:g}", method, STARTS[kind_of(problem)], settings={"kappa": kappa, "bias": bias}
+        )
+        for kappa in KAPPAS
         for bias in BIASES
     ]
 
@@ -507,20 +508,8 @@ STUDIES: dict[str, dict[str, list[Method]]] = {
         ],
     },
     "bias": {
-        "digits_sgd": [
-            LINEAR,
-            CONSTANT,
-            *bias_grid("self_tuning", "digits_sgd"),
-            *bias_grid("alignment", "digits_sgd", (0.2,)),
-        ],
-        "digits_adamw": [LINEAR, *bias_grid("self_tuning", "digits_adamw", (0.1, 0.2, 0.3))],
-        "mlp_sgd": [LINEAR, CONSTANT, *bias_grid("self_tuning", "mlp_sgd"), *bias_grid("alignment", "mlp_sgd")],
-        "text_adamw": [
-            LINEAR,
-            CONSTANT,
-            *bias_grid("self_tuning", "text_adamw"),
-            *bias_grid("alignment", "text_adamw", (0.2,)),
-        ],
+        problem: [LINEAR, CONSTANT, *bias_grid("self_tuning", problem), *bias_grid("alignment", problem)]
+        for problem in ("text_adamw", "mlp_sgd", "digits_sgd", "digits_adamw")
     },
     "schedules": {problem: SHAPES for problem in ("digits_sgd", "mlp_sgd", "text_adamw", "logistic_sgd")},
     "refined": {
