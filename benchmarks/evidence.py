@@ -149,8 +149,8 @@ class Study:
 
 
 def number(x: float) -> str:
-    """As short as it gets: 1e-05 is 1e-5."""
-    return f"{x:g}".replace("e-0", "e-")
+    """A rate, as short as it gets: 0.3, 0.001, 1e-4."""
+    return f"{x:.0e}".replace("e-0", "e-") if x < 1e-3 else f"{x:g}"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -357,7 +357,7 @@ def shapes(study: Study, folder: Path) -> str:
             axes.set_ylabel(PROBLEMS[problem].figure)
 
     image = picture(folder / "evidence_schedules.png", draw, len(study.rows))
-    return "\n".join([tuned(study), losses_against(study, LINEAR.label), accuracies(study), image])
+    return "\n".join(filter(None, [tuned(study), losses_against(study, LINEAR.label), accuracies(study), image]))
 
 
 def refinement(study: Study, folder: Path) -> str:
@@ -383,7 +383,7 @@ def refinement(study: Study, folder: Path) -> str:
     if own:
         parts.append(f"Refined schedules that `refined` itself called degenerate: {', '.join(degenerate)}.\n")
         parts.append(picture(folder / "evidence_refined.png", draw, len(own)))
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
 
 
 def uba(study: Study, folder: Path) -> str:

@@ -444,14 +444,17 @@ STARTS = {"adamw": (0.1, 1e-3, 1e-6), "sgd": (1.0, 1e-3, 1e-6)}
 HALVES = (3.0, 0.3, 0.03, 0.003)  # half-way between the decades
 LINEAR = Method("linear decay", "linear")
 CONSTANT = Method("constant", "constant")
+BEFORE = {"kappa": 0.2, "bias": 0.0}  # written out, so that a run stays what it was when a default changes
 SENSITIVITY = [
     Method("fixed", "constant", DECADES, clip=None),
     Method("fixed, clipped", "constant", DECADES, clip=1.0),
     Method("linear decay, clipped", "linear", (*HALVES, *DECADES), clip=1.0),
-    Method("`alignment`", "alignment", DECADES, clip=None),
-    Method("`alignment`, clipped", "alignment", DECADES, clip=1.0),
-    Method("`self_tuning`", "self_tuning", DECADES, clip=None),
-    Method("`self_tuning`, clipped", "self_tuning", DECADES, clip=1.0),
+    Method("`alignment`", "alignment", DECADES, None, BEFORE),
+    Method("`alignment`, clipped", "alignment", DECADES, 1.0, BEFORE),
+    Method("`self_tuning`", "self_tuning", DECADES, None, BEFORE),
+    Method("`self_tuning`, clipped", "self_tuning", DECADES, 1.0, BEFORE),
+    Method("`self_tuning`, kappa 0.3, bias 0.02", "self_tuning", DECADES, None, {"kappa": 0.3, "bias": 0.02}),
+    Method("`self_tuning`, kappa 0.3, bias 0.02, clipped", "self_tuning", DECADES, 1.0, {"kappa": 0.3, "bias": 0.02}),
     Method("`gala`, same batch", "gala", DECADES, None, {"mode": "same_batch"}),
     Method("`gala`, same batch, clipped", "gala", DECADES, 1.0, {"mode": "same_batch"}),
     Method("`gala`, consecutive, clipped", "gala", DECADES, 1.0, {"mode": "consecutive"}),
