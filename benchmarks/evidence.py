@@ -39,6 +39,7 @@ from lrkernels import plots
 if TYPE_CHECKING:
     from learning import Results
 
+HIGH = 0.1  # from there on AdamW's first steps do lasting harm
 ENOUGH = 5  # seeds, for anything to be said
 NEEDED = {  # the methods without which a problem of a study has nothing to compare
     "sensitivity": ("linear",),
@@ -304,6 +305,7 @@ def sensitivity(study: Study, folder: Path) -> str:
 
 def bias(study: Study, folder: Path) -> str:
     parts = []
+    last = ["mean", "worst", "worst, AdamW from 0.1 left out"]
     worsts: dict[str, dict[tuple[float, float], float]] = {}
     for method, baseline, name in (
         ("self_tuning", LINEAR, "`recipes.self_tuning`, against tuned linear decay"),
@@ -324,17 +326,18 @@ def bias(study: Study, folder: Path) -> str:
             for p in problems:
                 starts = sorted(cells.get(p, []), key=lambda c: -c.lr)
                 columns.append(" / ".join(f"{c.mean:.1f} ({c.std:.1f})" for c in starts))
-            columns += ["", ""]
+            columns += ["", "", ""]
             every = [c for p in common for c in cells[p]]
             if every:
                 means = Cell(tuple(statistics.fmean(c.values[s] for c in every) for s in range(study.seeds)))
-                worst = max(every, key=lambda c: c.mean)
-                columns[-2:] = [f"{means.mean:.1f} ({means.std:.1f})", f"{worst.mean:.1f} ({worst.std:.1f})"]
-                worsts[method][settings["kappa"], settings["bias"]] = worst.mean
+                tame = [c for p in common for c in cells[p] if c.lr < HIGH or kind_of(p) != "adamw"]
+                worst, below = (max(some, key=lambda c: c.mean) for some in (every, tame))
+                columns[-3:] = [f"{c.mean:.1f} ({c.std:.1f})" for c in (means, worst, below)]
+                worsts[method][settings["kappa"], settings["bias"]] = below.mean
             rows.append([f"{settings['kappa']:g}", f"{settings['bias']:g}", *columns])
         starts = [f"{p}, from {' / '.join(map(number, STARTS[kind_of(p)]))}" for p in problems]
         if rows:
-            parts.append(f"{name}, regret in %:\n\n{table(['kappa', 'bias', *starts, 'mean', 'worst'], rows)}")
+            parts.append(f"{name}, regret in %:\n\n{table(['kappa', 'bias', *starts, *last], rows)}")
     drawn = {method: values for method, values in worsts.items() if values}
 
     def draw(grid: Any) -> None:
@@ -344,7 +347,7 @@ def bias(study: Study, folder: Path) -> str:
                 axes.plot(
                     *zip(*points, strict=True), marker="o", color=colour, label=f"kappa {kappa:g}"
                 ) if points else 0
-            axes.set(title=method, xlabel="bias", ylabel="worst regret, %")
+            axes.set(title=method, xlabel="bias", ylabel="worst regret but AdamW from 0.1, %")
 
     if drawn:
         parts.append(picture(folder / "evidence_bias.png", draw, len(drawn)))
@@ -491,7 +494,9 @@ from the loss of a uniform guess, in per cent; of the best rate, and of the wors
         "What kappa and bias of alignment should be",
         """\
 Every pair from three first rates: 1 (AdamW: 0.1), 1e-3 and 1e-6. Regret is as above; the tuned rates are half a
-decade apart. A regret below 0 beats the tuned baseline.""",
+decade apart. A regret below 0 beats the tuned baseline. AdamW's 0.1 is ten times the best rate: what its first steps
+do to the weights is not undone by any later rate, tuned linear decay from 0.1 loses as much, and it hides the rest.
+So the last column and the picture leave it out.""",
         bias,
     ),
     "schedules": (
