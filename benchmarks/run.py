@@ -4,12 +4,9 @@ import argparse
 import gc
 import json
 import os
-import platform
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time, sleep
@@ -17,6 +14,7 @@ from typing import Any
 
 import torch
 from cases import CASES, CLIPPED, HYPERS, MEMORY, MODELS, Case
+from host import busy_seconds, machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -168,14 +166,6 @@ def copy_bandwidth(times: int = 5) -> float:
     return 2 * COPY_BYTES / statistics.median(seconds) / 1e9
 
 
-def busy_seconds() -> float:
-    """CPU time that the machine has worked since it started, over all cores; 0 where there is no /proc."""
-    if not Path("/proc/stat").exists():
-        return 0.0
-    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
 def wait_for_quiet(deadline: float) -> None:
     while perf_counter() < deadline:
         busy = busy_seconds()
@@ -255,24 +245,6 @@ def measure_memory(work: str, who: str, optimizer: str, ours: dict[str, Any]) ->
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lrkernels": lrkernels.__version__,
-    }
 
 
 def show_table(titles: str, rows: list[list[str]]) -> None:
