@@ -145,11 +145,9 @@ class _Table:
 
 
 def registers(constants: Mapping[str, int]) -> int:
-    """Return the registers of a thread: as few as do without spilling, so that more programs run at once."""
+    """Return the most registers of a thread, for nothing to spill: three programs on a multiprocessor, or else two."""
     kinds = {constants[name] for name in ("PARAM", "UPDATED", "GRAD", "STATE", "PREV")}
-    if kinds == {Dtype.FLOAT32}:
-        return 136
-    return 255 if kinds & {Dtype.FLOAT64, Dtype.MIXED} else 176
+    return 168 if kinds == {Dtype.FLOAT32} else 255
 
 
 def any_of(column: Any) -> bool:
