@@ -1,7 +1,8 @@
 """Parameters on several devices in one optimizer: a call of the kernels on each, and the sums over all gradients.
 
-As with several processes (distributed.py), each device measures what it has, the sums are added up, and each decides
-alike. What goes from device to device is queued on their current streams, and the host waits for none of it.
+As with several processes (distributed.py), each device measures what it has, and the sums are added up. In one pass
+the first device decides for all; in two passes each of them decides alike. What goes from device to device is queued
+on their current streams, and the host waits for none of it.
 """
 
 from __future__ import annotations
@@ -71,16 +72,22 @@ class DevicesRunner:
             arguments = (groups, counts[k], mine, settings, of_lr, hyper, of_table, of_decay, ring, *verdict)
             calls.append((self.runners[k], (rule, measure, two_pass, params, here, *columns, *arguments)))
 
-        def run(verbs: Verb, first: int = 0) -> None:
-            for runner, arguments in calls[first:]:
+        def run(verbs: Verb, on: slice = slice(None)) -> None:
+            for runner, arguments in calls[on]:
                 runner(verbs, *arguments)
 
-        run(Verb(0), first=1)  # nothing but the checks: none may fail after the first device has gone on
+        run(Verb(0), on=slice(1, None))  # nothing but the checks: none may fail after the first device has gone on
         if not measure:
             return run(Verb.STEP)
         controls: list[Tensor] = small[0]
+        sums = [each[SUMS_AT : SUMS_AT + len(Sum)] for each in controls]
+        if not two_pass:
+            run(Verb.MEASURE | Verb.APPLY)
+            _add_up(sums)
+            run(Verb.DECIDE, on=slice(1))
+            return self._copies[0].renew()
         run(Verb.MEASURE)
-        _add_up([each[SUMS_AT : SUMS_AT + len(Sum)] for each in controls])
+        _add_up(sums)
         run(Verb.DECIDE | Verb.APPLY)
         if measure & Measure.MOVE:
             moves = [each[SUMS_AT + Sum.MOVE_SQ] for each in controls]
@@ -106,10 +113,14 @@ class _Copies:
             self._tensors = [tensor, *(torch.empty_like(tensor, device=device) for device in self._devices[1:])]
             self._version = -1
         if self._version != tensor._version:  # the kernels do not count
-            for copy in self._tensors[1:]:
-                copy.copy_(tensor, non_blocking=True)
-            self.are_equal()
+            self.renew()
         return self._tensors
+
+    def renew(self) -> None:
+        """Copy the first to the others."""
+        for copy in self._tensors[1:]:
+            copy.copy_(self._tensors[0], non_blocking=True)
+        self.are_equal()
 
     def are_equal(self) -> None:
         """Take note that what has been written was written to all of them."""

@@ -5,6 +5,7 @@ Torch does the distributing. Here a ``DTensor`` becomes this process's part of i
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -170,46 +171,62 @@ class Spread:
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def step(
-        self, call: Callable[..., None], grads: list[Tensor | None], controller: Controller, measure: int, verdict: bool
+        self,
+        call: Callable[..., None],
+        grads: list[Tensor | None],
+        controller: Controller,
+        measure: int,
+        two_pass: bool,
+        found_inf: Tensor | None,
     ) -> None:
-        """Measure, add up over the processes, decide and apply.
+        """Measure, add up over the processes, decide and apply, in either order.
 
         Args:
-            call: runs verbs on gradients, with another control tensor and history if told so.
+            call: runs verbs on gradients; with another control tensor, history or verdict if told so.
             grads: the gradients as this process has them.
             controller: its control tensor takes the sums.
             measure: what is measured.
-            verdict: whether a gradient scaler has one, which may differ between the processes.
+            two_pass: whether this step's update needs this step's sums.
+            found_inf: a gradient scaler's verdict, which may differ between the processes.
         """
-        if not (measure or verdict):
+        if not measure and found_inf is None:
             return call(Verb.STEP, grads)
         if self.apart:
             raise RuntimeError(self.apart)
         if not self.groups:
             return call(Verb.STEP, grads)
-        mine = [grad if counts and measure else None for grad, counts in zip(grads, self.measured_here, strict=True)]
+        mine = [grad if counts else None for grad, counts in zip(grads, self.measured_here, strict=True)]
         theirs = [None if counts else grad for grad, counts in zip(grads, self.measured_here, strict=True)]
         shared = any(grad is not None for grad in theirs)
-        if shared:
-            call(Verb(0), theirs)  # nothing but the checks: no process may fail after the others have gone on
-        call(Verb.MEASURE, mine)
         control, sums = controller.control, controller.sums
-        packed = torch.cat([sums, control[Control.SKIP : Control.SKIP + 1]])
-        self._add_up(packed)
-        sums.copy_(packed[: len(Sum)])
-        control[Control.SKIP] = (packed[-1] != 0).double()
+        if shared or found_inf is not None:
+            call(Verb(0), grads)  # nothing but the checks: no process may fail after the others have gone on
+        if found_inf is not None:
+            verdict = found_inf.clone()
+            self._add_up(verdict)
+            call = functools.partial(call, found_inf=verdict)
+        if not measure:
+            return call(Verb.STEP, grads)
+
+        def apply_theirs() -> None:  # their moves are added up elsewhere, and the step is counted with mine
+            if shared:
+                call(Verb.APPLY, theirs, control=control.clone(), history=controller.history.new_empty(1, len(STATS)))
+
+        if not two_pass:
+            call(Verb.MEASURE | Verb.APPLY, mine)
+            apply_theirs()
+            self._add_up(sums)
+            return call(Verb.DECIDE, mine)
+        call(Verb.MEASURE, mine)
+        self._add_up(sums)
         if not measure & Measure.MOVE:
             return call(Verb.DECIDE | Verb.APPLY, grads)
-        if shared:  # moves that are added up elsewhere, in a step that is counted below
-            call(Verb.DECIDE, mine)
-            call(Verb.APPLY, theirs, control.clone(), controller.history.new_empty(1, len(STATS)))
-            call(Verb.APPLY, mine)
-        else:
-            call(Verb.DECIDE | Verb.APPLY, grads)
-        move = sums[Sum.MOVE_SQ : Sum.MOVE_SQ + 1]
+        call(Verb.DECIDE, mine)
+        apply_theirs()
+        call(Verb.APPLY, mine)
+        move, last_move = sums[Sum.MOVE_SQ], control[Control.LAST_MOVE_SQ]
         self._add_up(move)
-        last_move = control[Control.LAST_MOVE_SQ]  # a skipped step has left it as it was
-        last_move.copy_(torch.where(control[Control.SKIP] != 0, last_move, move[0]))
+        last_move.copy_(torch.where(control[Control.SKIP] != 0, last_move, move))  # a skipped step has left it
         return None
 
     def raise_versions(self, params: list[Tensor], grads: list[Tensor | None]) -> None:

@@ -613,6 +613,7 @@ class FusedOptimizer(Optimizer):
             grads: list[Tensor | None],
             control: Tensor = controller.control,
             history: Tensor = controller.history,
+            found_inf: Tensor | None = found_inf,
         ) -> None:
             run(
                 verbs,
@@ -641,7 +642,7 @@ class FusedOptimizer(Optimizer):
         if spread is None:
             call(Verb.STEP, here)
         else:
-            spread.step(call, here, controller, self._measure, found_inf is not None)
+            spread.step(call, here, controller, self._measure, self._two_pass, found_inf)
             spread.raise_versions(plan.params, grads)
         controller.after_step()
         may_skip = found_inf is not None or self._may_skip

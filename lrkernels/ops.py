@@ -17,7 +17,8 @@ native kernels serve the CPU when the binary is there. All of them work on the s
 ``history``               float64 ``[history_size, stats]``: a ring, one row per step
 ``found_inf, grad_scale`` float32, one element: a gradient scaler's verdict and its scale; or None
 ``rule, measure``         ``layout.Rule``, ``layout.Measure``
-``two_pass``              measure and decide before this step's update, rather than while it runs
+``two_pass``              the order of the verbs, of which the last ends the step, be they in one call or in several:
+                          measure, decide, apply; otherwise measure while applying, then decide for the next step
 ========================  =============================================================================================
 """
 
@@ -106,7 +107,6 @@ def run_eager(
     rows = hyper.tolist()
     states = [state for state in (state0, state1, state2) if state]
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
-    one_pass = verbs == Verb.STEP and not two_pass
     taken: list[_Row] = []
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is not None:
@@ -125,18 +125,19 @@ def run_eager(
         if measure:
             measured = sum((row.measure(rule, measure, grad_scale) for row in taken), torch.zeros_like(sums))
             sums.copy_(torch.where(skip, torch.full_like(sums, torch.nan), measured))
-    if verbs & Verb.DECIDE and measure and not one_pass:
+    multiplier = rules.at(table, control[Control.STEP])
+    if verbs & Verb.DECIDE and measure and two_pass:
         rules.decide(control, scalars, rows[0], rule, True)
     if verbs & Verb.APPLY:
         skip = control[Control.SKIP] != 0
-        multiplier = rules.at(table, control[Control.STEP])
         moved = torch.zeros_like(sums[0])
         for row in taken:
             rate = rules.rate(row.lr, multiplier, control, scalars)
             moved = moved + row.apply(rule, rate, control, grad_scale, skip, bool(measure & Measure.MOVE))
         sums[Sum.MOVE_SQ] = moved
-        if one_pass and measure:
-            rules.decide(control, scalars, rows[0], rule, False)
+    if verbs & Verb.DECIDE and measure and not two_pass:
+        rules.decide(control, scalars, rows[0], rule, False)
+    if verbs & (Verb.APPLY if two_pass else Verb.DECIDE):
         rules.finish(control, scalars, decay, history, lr[0], multiplier)
 
 

@@ -399,9 +399,13 @@ def begin(control, skip):
 
 
 @triton.jit
-def decide(control, settings, hyper, sums, RULE: tl.constexpr, TWO_PASS: tl.constexpr):
+def decide(control, settings, hyper, RULE: tl.constexpr, TWO_PASS: tl.constexpr):
     """What the sums say: the statistics, the clip, the length, whether to skip, the closed loop's next factor."""
-    grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, _ = sums
+    grad_sq, grad_abs = tl.load(control + _Sum.GRAD_SQ), tl.load(control + _Sum.GRAD_ABS)
+    dot_direction, direction_sq = tl.load(control + _Sum.DOT_DIRECTION), tl.load(control + _Sum.DIRECTION_SQ)
+    dot_prev, prev_sq = tl.load(control + _Sum.DOT_PREV), tl.load(control + _Sum.PREV_SQ)
+    diff_sq, move_sq = tl.load(control + _Sum.DIFF_SQ), tl.load(control + _Sum.MOVE_SQ)
+    sums = (grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, move_sq)
     skip = tl.load(control + _Control.SKIP) != 0
     finite = is_finite(grad_sq)
     skip = skip | ((tl.load(settings + _Setting.SKIP_NONFINITE) != 0) & (finite == 0))
@@ -805,7 +809,7 @@ def add_up(partials, chunks):
 
 @triton.jit
 def take_sums(control, partials, chunks, skip, MEASURE: tl.constexpr, KEPT: tl.constexpr):
-    """The chunks' sums, also into the control tensor; a skipped step has measured nothing."""
+    """Put the chunks' sums into the control tensor; a skipped step has measured nothing."""
     nothing = tl.where(skip, float("nan"), 0.0).to(tl.float64)
     grad_sq, grad_abs, dot_direction, direction_sq = nothing, nothing, nothing, nothing
     dot_prev, prev_sq, diff_sq = nothing, nothing, nothing
@@ -826,23 +830,7 @@ def take_sums(control, partials, chunks, skip, MEASURE: tl.constexpr, KEPT: tl.c
     tl.store(control + _Sum.DOT_PREV, dot_prev)
     tl.store(control + _Sum.PREV_SQ, prev_sq)
     tl.store(control + _Sum.DIFF_SQ, diff_sq)
-    return grad_sq, grad_abs, dot_direction, direction_sq, dot_prev, prev_sq, diff_sq, nothing
-
-
-@triton.jit
-def load_sums(control):
-    """The sums that an earlier call has left, or an all-reduce."""
-    sums = control + _Size.SUMS_AT
-    return (
-        tl.load(sums),
-        tl.load(sums + 1),
-        tl.load(sums + 2),
-        tl.load(sums + 3),
-        tl.load(sums + 4),
-        tl.load(sums + 5),
-        tl.load(sums + 6),
-        tl.load(sums + 7),
-    )
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -951,7 +939,7 @@ def run(step, chunk, MEASURE: tl.constexpr, MOVE: tl.constexpr, APPLY: tl.conste
 
 @triton.jit
 def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexpr):
-    """Take chunks and run them, decide when all are measured, and finish the step when all are applied.
+    """Take chunks and run them, decide when all are measured, and finish the step after the last verb of its order.
 
     Programs take chunks by a ticket, those of the first pass before those of the second. A program with a ticket of
     the second pass waits for the decision, and so only for programs that run already: it cannot wait for ever, however
@@ -959,11 +947,11 @@ def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexp
     to 0. No other program of this launch looks at them then, and those of the next one start later; so a captured
     graph can be replayed, and the host resets nothing.
     """
-    ONE_PASS: tl.constexpr = VERBS == _Verb.STEP and not TWO_PASS
     MEASURES: tl.constexpr = VERBS & _Verb.MEASURE != 0
     DECIDES: tl.constexpr = VERBS & _Verb.DECIDE != 0
     APPLIES: tl.constexpr = VERBS & _Verb.APPLY != 0
-    AHEAD: tl.constexpr = (MEASURES or DECIDES) and not ONE_PASS  # there is a first pass
+    TOGETHER: tl.constexpr = MEASURES and APPLIES and not TWO_PASS  # in one pass
+    AHEAD: tl.constexpr = (MEASURES and not TOGETHER) or (DECIDES and TWO_PASS)  # there is a pass before it
     skip = tl.full((), 0, tl.int1)
     if MEASURES and step.found_inf is not None:
         skip = tl.load(step.found_inf) != 0
@@ -983,11 +971,9 @@ def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexp
                 if tl.atomic_add(step.counters + _Counter.MEASURED, 1, sem="acq_rel") == first - 1:
                     if MEASURES:
                         begin(step.control, skip)
-                        sums = take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
-                    else:
-                        sums = load_sums(step.control)
-                    if DECIDES and MEASURE != 0:
-                        decide(step.control, step.settings, step.hypers, sums, step.RULE, True)
+                        take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
+                    if DECIDES and TWO_PASS and MEASURE != 0:
+                        decide(step.control, step.settings, step.hypers, step.RULE, True)
                     tl.debug_barrier()
                     tl.atomic_xchg(step.counters + _Counter.DECIDED, 1, sem="release")
         else:
@@ -998,21 +984,20 @@ def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexp
                     while tl.atomic_add(step.counters + _Counter.DECIDED, 0, sem="acquire") == 0:
                         pass
                 skip_now = skip
-                if not ONE_PASS:
+                if not TOGETHER:
                     skip_now = tl.load(step.control + _Control.SKIP) != 0
                 if skip_now == 0:
-                    run(step, chunk, MEASURE if ONE_PASS else 0, MEASURE & _Measure.MOVE != 0, True, not ONE_PASS)
+                    run(step, chunk, MEASURE if TOGETHER else 0, MEASURE & _Measure.MOVE != 0, True, not TOGETHER)
         taken += 1
         ticket = tickets
         if taken <= step.most:
             ticket = tl.atomic_add(step.counters + _Counter.TICKET, 1, sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(step.counters + _Counter.LEFT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        if ONE_PASS:
+        if TOGETHER:
             begin(step.control, skip)
             if MEASURE != 0:
-                sums = take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
-                decide(step.control, step.settings, step.hypers, sums, step.RULE, False)
+                take_sums(step.control, step.partials, step.chunks, skip, MEASURE, step.KEPT)
         if APPLIES:
             skip_now = tl.load(step.control + _Control.SKIP) != 0
             move_sq = tl.full((), 0.0, tl.float64)
@@ -1020,10 +1005,13 @@ def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexp
                 if MEASURE & _Measure.MOVE != 0:
                     move_sq = add_up(step.partials + 7 * step.chunks, step.chunks)
                 advance(step.counts, step.rows, step.n_rows)
-            multiplier = at(step.table, step.table_size, tl.load(step.control + _Control.STEP))
-            lr0 = tl.load(step.lr)
             tl.store(step.control + _Sum.MOVE_SQ, move_sq)
             tl.debug_barrier()
+        if DECIDES and not TWO_PASS and MEASURE != 0:
+            decide(step.control, step.settings, step.hypers, step.RULE, False)
+        if (APPLIES and TWO_PASS) or (DECIDES and not TWO_PASS):
+            multiplier = at(step.table, step.table_size, tl.load(step.control + _Control.STEP))
+            lr0 = tl.load(step.lr)
             finish(
                 step.control,
                 step.settings,

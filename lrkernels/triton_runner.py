@@ -196,8 +196,9 @@ class TritonRunner:
             self._table.move(*moving)
             self._upload(moving)
         assert self._table is not None
-        ahead = verbs & (Verb.MEASURE | Verb.DECIDE) and not (verbs == Verb.STEP and not two_pass)
-        tickets = self._table.chunks * (bool(verbs & Verb.APPLY) + bool(ahead and verbs & Verb.MEASURE))
+        measures, applies = bool(verbs & Verb.MEASURE), bool(verbs & Verb.APPLY)
+        passes = measures + applies if two_pass else int(measures or applies)
+        tickets = self._table.chunks * passes
         programs = self.programs or min(max(tickets, 1), _multiprocessors(self.device) * self._table.resident)
         if not verbs:  # that was the check
             return None

@@ -135,7 +135,14 @@ def test_one_call_a_device_where_nothing_is_measured(two):
     assert_same_bits(optimizer._run._copies[0].of(optimizer._controller.control), [optimizer._controller.control] * 2)
 
 
-def test_two_calls_a_device_where_sums_are_decided_on(two):
+def test_one_call_a_device_where_the_decision_may_wait(two):
+    params = parameters(SHAPES)
+    train(FusedSGD(params, lr=0.1, momentum=0.9, track="direction"), params, gradients(SHAPES, 1))
+    whole = Verb.MEASURE | Verb.APPLY
+    assert two == [(THERE, Verb(0), 3), (HERE, whole, 4), (THERE, whole, 3), (HERE, Verb.DECIDE, 4)]
+
+
+def test_two_calls_a_device_where_this_step_s_sums_are_decided_on(two):
     params = parameters(SHAPES)
     train(FusedSGD(params, lr=0.1, max_grad_norm=1.0), params, gradients(SHAPES, 1))
     assert two[1:] == [(device, verbs, n) for verbs in (1, 6) for device, n in ((HERE, 4), (THERE, 3))]

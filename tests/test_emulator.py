@@ -14,14 +14,16 @@ from test_ops import (
     ALL,
     CASES,
     TRAINED,
+    assert_parts_are_a_step,
     assert_same_bits,
     assert_same_decisions,
     f64,
     hyper_row,
+    in_parts,
     make,
-    new_settings,
     orders,
     randn,
+    to_be_parted,
 )
 
 from lrkernels.layout import ClosedLoopKind, Control, Measure, Setting, Verb
@@ -296,16 +298,12 @@ def test_every_grid_and_order_has_the_same_bits(two_pass, kernels):
         assert_same_bits(first, again)
 
 
+@in_parts
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
-def test_verbs_one_by_one_are_a_step(name, kernels):
-    rule, row = CASES[name]
-    settings = {"settings": new_settings(MAX_GRAD_NORM=1.0), "measure": ALL, "two_pass": True}
-    whole = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
-    parts = whole.copy()
-    emulate(whole, kernels, [Verb.STEP] * 2)
-    emulate(parts, kernels, [Verb.MEASURE, Verb.DECIDE, Verb.APPLY] * 2)
-    assert_same_bits(whole, parts)
-    assert whole.control[Control.STEP] == 2 and 0 < whole.control[Control.CLIP] < 1
+def test_verbs_in_several_calls_are_a_step(name, two_pass, calls, kernels):
+    assert_parts_are_a_step(
+        to_be_parted(*CASES[name], two_pass), calls, lambda job, verb: emulate(job, kernels, [verb])
+    )
 
 
 @pytest.mark.parametrize("two_pass", [False, True], ids=["one-pass", "two-passes"])

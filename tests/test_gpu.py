@@ -11,7 +11,7 @@ from conftest import assert_close, assert_same_bits, fused, gradients, parameter
 from torch import Tensor
 
 from lrkernels import FusedAdamW, FusedSGD, ops
-from lrkernels.layout import RING_AT, SUMS_AT, Control, Measure, Rule, Setting, Sum, Verb
+from lrkernels.layout import RING_AT, SUMS_AT, Control, Rule, Setting, Sum, Verb
 
 pytestmark = [
     pytest.mark.gpu,
@@ -169,19 +169,15 @@ def test_no_parameters(verb):
     assert set(job.sums.values()) == {0.0}
 
 
-def test_verbs_one_by_one_are_a_step():
-    row = test_ops.hyper_row(MOMENTUM=0.9)
-    job = test_ops.make([(33,), (70_000,)], Rule.SGD, hyper=row, measure=int(Measure.NORMS), two_pass=True)
-    job.settings[Setting.MAX_GRAD_NORM] = 1.0
-    whole, parts, pairs = (moved(job) for _ in range(3))
-    run(whole, "native")
-    for verb in (Verb.MEASURE, Verb.DECIDE, Verb.APPLY):
-        run(parts, "native", verb)
+@test_ops.in_parts
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
+def test_verbs_in_several_calls_are_a_step(name, two_pass, calls):
     runner = ops.backend_for(CUDA, "native")
-    for verbs in (Verb.MEASURE, Verb.DECIDE | Verb.APPLY):
-        runner(verbs, *pairs.flags.values(), *pairs.kernel_arguments)
-    for other in (parts, pairs):
-        test_ops.assert_same_bits(home(whole), home(other))
+    test_ops.assert_parts_are_a_step(
+        moved(test_ops.to_be_parted(*test_ops.CASES[name], two_pass)),
+        calls,
+        lambda job, verb: runner(verb, *job.flags.values(), *job.kernel_arguments),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

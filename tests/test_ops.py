@@ -373,19 +373,58 @@ CASES = {
 cases = pytest.mark.parametrize("rule, row", CASES.values(), ids=CASES)
 
 
+IN_PARTS = {  # whether in two passes; a step's calls
+    "one-pass": (False, (Verb.MEASURE | Verb.APPLY, Verb.DECIDE)),
+    "one-pass-each": (False, (Verb.MEASURE, Verb.APPLY, Verb.DECIDE)),
+    "two-passes": (True, (Verb.MEASURE, Verb.DECIDE | Verb.APPLY)),
+    "two-passes-apart": (True, (Verb.MEASURE | Verb.DECIDE, Verb.APPLY)),
+    "two-passes-each": (True, (Verb.MEASURE, Verb.DECIDE, Verb.APPLY)),
+}
+in_parts = pytest.mark.parametrize("two_pass, calls", IN_PARTS.values(), ids=IN_PARTS)
+
+
+def to_be_parted(rule, row, two_pass):
+    """What changes with each decision: the clip, or the rate of the next step."""
+    loop = {"MAX_GRAD_NORM": 1.0} if two_pass else CLOSED_LOOPS["alignment"]
+    settings = {"settings": new_settings(**loop), "measure": ALL, "two_pass": two_pass}
+    job = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
+    job.grads[2], job.found_inf = None, torch.zeros(1)
+    return job
+
+
+def assert_parts_are_a_step(job, calls, run):
+    """Four steps, the second of them skipped; ``run`` takes a job and the verbs of a call."""
+    whole, parts = job.copy(), job.copy()
+    for step in range(4):
+        for each, verbs in ((whole, [Verb.STEP]), (parts, calls)):
+            each.found_inf.fill_(float(step == 1))
+            for verb in verbs:
+                run(each, verb)
+    assert_same_bits(whole, parts)
+    assert whole.control[Control.STEP] == 3 and whole.control[Control.SKIPPED] == 1
+    assert (0 < whole.control[Control.CLIP] < 1) == whole.two_pass
+    assert (whole.control[Control.FACTOR] != 1) != whole.two_pass
+
+
 @backends
 @cases
-def test_verbs_one_by_one_are_a_step(rule, row, backend):
-    settings = {"settings": new_settings(MAX_GRAD_NORM=1.0), "measure": ALL, "two_pass": True}
-    whole = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
-    whole.grads[2] = None
-    parts = whole.copy()
-    for _ in range(3):
-        whole.run(backend)
-        for verb in (Verb.MEASURE, Verb.DECIDE, Verb.APPLY):
-            parts.run(backend, verb)
-    assert_same_bits(whole, parts)
-    assert whole.control[Control.STEP] == 3 and 0 < whole.control[Control.CLIP] < 1
+@in_parts
+def test_verbs_in_several_calls_are_a_step(two_pass, calls, rule, row, backend):
+    run = ops.backend_for(CPU, backend)
+    assert_parts_are_a_step(
+        to_be_parted(rule, row, two_pass),
+        calls,
+        lambda job, verb: run(verb, *job.flags.values(), *job.kernel_arguments),
+    )
+
+
+@needs_native
+@orders
+def test_operators_one_by_one_are_a_step(two_pass):
+    calls = IN_PARTS["two-passes-each" if two_pass else "one-pass-each"][1]
+    assert_parts_are_a_step(
+        to_be_parted(*CASES["sgd-momentum"], two_pass), calls, lambda job, verb: job.run("native", verb)
+    )
 
 
 def exact_sums(job, before):

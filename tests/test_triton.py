@@ -23,17 +23,20 @@ from test_ops import (  # noqa: E402
     TRAINED,
     Job,
     as_bits,
+    assert_parts_are_a_step,
     assert_same_bits,
     assert_same_decisions,
     assert_sums_are,
     exact_sums,
     f64,
     hyper_row,
+    in_parts,
     make,
     new_control,
     new_settings,
     orders,
     randn,
+    to_be_parted,
 )
 
 import lrkernels as lrk  # noqa: E402
@@ -238,19 +241,11 @@ def test_eager_in_float64_but_for_the_last_bit(name):
 
 
 @interpreted
+@in_parts
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
-def test_verbs_one_by_one_are_a_step(name):
-    rule, row = CASES[name]
-    settings = {"settings": new_settings(MAX_GRAD_NORM=1.0), "measure": ALL, "two_pass": True}
-    whole = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
-    whole.grads[2] = None
-    parts, runner = whole.copy(), TritonRunner(CPU)
-    for verbs in [(Verb.MEASURE, Verb.DECIDE, Verb.APPLY), (Verb.MEASURE, Verb.DECIDE | Verb.APPLY)]:
-        step(whole, runner)
-        for verb in verbs:
-            step(parts, runner, verb)
-    assert_same_bits(whole, parts)
-    assert whole.control[Control.STEP] == 2 and 0 < whole.control[Control.CLIP] < 1
+def test_verbs_in_several_calls_are_a_step(name, two_pass, calls):
+    runner = TritonRunner(CPU)
+    assert_parts_are_a_step(to_be_parted(*CASES[name], two_pass), calls, lambda job, verb: step(job, runner, verb))
 
 
 @interpreted

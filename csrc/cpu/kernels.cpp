@@ -133,15 +133,17 @@ void pass(const Job& job, const std::vector<Chunk>& chunks, bool measuring, bool
     if (k == kMoveSq ? applying : measuring) job.control[kSumsAt + k] = sums[k];
 }
 
-void advance(const Job& job) {
-  if (job.control[kSkip] == 0) {
-    for (const Row& row : job.rows) {
-      row.counts[kUpdates] += 1;
-      row.counts[kHasPrev] = 1;
-    }
+void count(const Job& job) {
+  for (const Row& row : job.rows) {
+    row.counts[kUpdates] += 1;
+    row.counts[kHasPrev] = 1;
   }
+}
+
+void finish(const Job& job) {
   const double multiplier = at(job.table, job.table_size, job.control[kStep]);
-  finish(job.control, job.settings, job.decay, job.decay_size, job.history, job.history_size, job.lr[0], multiplier);
+  lrk::finish(job.control, job.settings, job.decay, job.decay_size, job.history, job.history_size, job.lr[0],
+              multiplier);
 }
 
 }  // namespace
@@ -150,27 +152,25 @@ const char* instruction_set() {
   return has_x86_64_v3() ? "x86-64-v3 (AVX2, FMA)" : "baseline";
 }
 
-// MEASURE begins a step and APPLY ends it, so that the verbs may come in separate calls.
+// MEASURE begins a step and the last verb of its order ends it, so that the verbs may come in separate calls.
 void run(Job& job, int verbs) {
   const std::vector<Chunk> chunks = chunks_of(job.rows);
-  const bool one_pass = verbs == kStepVerbs && !job.two_pass;
-  if (verbs & kMeasureVerb) {
+  const bool measures = verbs & kMeasureVerb, decides = (verbs & kDecideVerb) && job.measure;
+  const bool applies = verbs & kApplyVerb, together = measures && applies && !job.two_pass;
+  if (measures) {
     begin(job.control, job.found_inf && *job.found_inf != 0);
     if (job.control[kSkip] != 0)
       skip(job);
-    else if (!one_pass)
+    else if (!together)
       pass(job, chunks, true, false, false);
   }
-  if (one_pass) {
-    if (job.control[kSkip] == 0) pass(job, chunks, job.measure != 0, true, false);
-    if (job.measure) decide(job.control, job.settings, job.hyper, job.rule, false);
-    return advance(job);
+  if (decides && job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, true);
+  if (applies && job.control[kSkip] == 0) {
+    pass(job, chunks, together && job.measure, true, !together);
+    count(job);
   }
-  if (verbs & kDecideVerb) decide(job.control, job.settings, job.hyper, job.rule, true);
-  if (verbs & kApplyVerb) {
-    if (job.control[kSkip] == 0) pass(job, chunks, false, true, true);
-    advance(job);
-  }
+  if (decides && !job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, false);
+  if (verbs & (job.two_pass ? kApplyVerb : kDecideVerb)) finish(job);
 }
 
 }  // namespace lrk::cpu

@@ -61,7 +61,9 @@ struct Header : Small {
   double* partials;       // a row of chunks for each sum
   const uint64_t* there;  // the list, in device memory; null: it is in the argument
   uint32_t measured_chunks, measure_tickets, tickets;
-  int32_t chunks, rows, chunk_bits, verbs, two_pass;
+  int32_t chunks, rows, chunk_bits;
+  bool measures, applies, together;   // together: in one pass
+  bool decides_ahead, decides, ends;  // before applying; for the next step; the step is over then
   double settings[kSettings];
 };
 
@@ -675,7 +677,7 @@ LRK_DEVICE void no_sums(Shared<kRule>& shared) {
 template <Rule kRule, Kind kKind, bool kFull>
 LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned int& ahead,
                                     unsigned int limit, bool measuring, bool applying) {
-  const bool backwards = args.two_pass && applying;  // what was measured last is still in the cache
+  const bool backwards = applying && !args.together;  // what was measured last is still in the cache
   const bool summing = kFull || measuring;
   const auto chunk_of = [&](unsigned int ticket) {  // -1: nothing to do
     const bool work = !shared.skip && (backwards || ticket < args.measured_chunks);
@@ -766,16 +768,16 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
   // chunks is there once.
 #pragma unroll 1
   for (bool first = args.measure_tickets > 0;; first = false) {
-    const bool measuring = first || (!args.two_pass && args.measure != 0);
+    const bool measuring = first || (args.together && args.measure != 0);
     if (first) {
       if (threadIdx.x == 0) shared.control[kLength] = shared.control[kClip] = 1.0;  // not known yet, nor needed
     } else {
-      if (!(args.verbs & kApplyVerb)) break;
+      if (!args.applies) break;
       // A block that came too late to apply anything has not waited, and must not read what may be being decided.
       if (args.measure_tickets > 0 && shared.ticket >= args.tickets) break;
       read_control(args, shared);
       if (threadIdx.x == 0) {
-        if (!args.two_pass) begin(shared.control, shared.found_inf);
+        if (args.together) begin(shared.control, shared.found_inf);
         shared.skip = shared.control[kSkip] != 0;
         shared.multiplier = at(args.table, args.table_size, shared.control[kStep]);
       }
@@ -786,7 +788,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
     if (!first) break;
     if (completes(shared.last, &counters.measured, done, args.measure_tickets)) {
       read_control(args, shared);
-      if (args.verbs & kMeasureVerb) {
+      if (args.measures) {
         if (threadIdx.x == 0) begin(shared.control, shared.found_inf);
         __syncthreads();
         if (shared.found_inf)
@@ -794,7 +796,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
         else
           sum_of_chunks<kRule, kFull>(args, shared, true, false);
       }
-      if (threadIdx.x == 0 && (args.verbs & kDecideVerb)) decide_alone(args, shared.control, kRule, true);
+      if (threadIdx.x == 0 && args.decides_ahead) decide_alone(args, shared.control, kRule, true);
       __syncthreads();
       write_control(args, shared);
       if (threadIdx.x == 0) store_release(&counters.decided, 1u);
@@ -808,15 +810,15 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
   if (!completes(shared.last, &counters.left, 1u, gridDim.x)) return;
 
   // The last block: everything is done and seen.
-  if (args.verbs & kApplyVerb) {
-    if (args.two_pass) read_control(args, shared);
-    const bool skipped = shared.control[kSkip] != 0, decides = !args.two_pass && args.measure != 0;
-    if (!skipped)
-      sum_of_chunks<kRule, kFull>(args, shared, decides, true);
-    else if (!args.two_pass)
+  if (args.applies || args.ends) {
+    if (!args.together) read_control(args, shared);
+    const bool applied = args.applies && shared.control[kSkip] == 0;
+    if (applied)
+      sum_of_chunks<kRule, kFull>(args, shared, args.together && args.measure != 0, true);
+    else if (args.together)
       no_sums(shared);
-    if (threadIdx.x == 0 && decides) decide_alone(args, shared.control, kRule, false);
-    for (int32_t i = int32_t(threadIdx.x); i < args.rows && !skipped; i += kThreads) {
+    if (threadIdx.x == 0 && args.decides) decide_alone(args, shared.control, kRule, false);
+    for (int32_t i = int32_t(threadIdx.x); i < args.rows && applied; i += kThreads) {
       auto* counts = reinterpret_cast<float*>(row_word(args, i, offsetof(Row, counts) / 8));
       counts[kUpdates] += 1;
       counts[kHasPrev] = 1;
@@ -824,7 +826,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
     __syncthreads();
     const bool ring = args.settings[kClosedLoop] == kVolSched;  // which is not in shared memory
     if (ring) write_control(args, shared);
-    if (threadIdx.x == 0) finish_alone(args, ring ? args.control : shared.control);
+    if (threadIdx.x == 0 && args.ends) finish_alone(args, ring ? args.control : shared.control);
     __syncthreads();
     if (!ring) write_control(args, shared);
   }
@@ -925,8 +927,9 @@ void fill(const Job& job, Kind kind, int chunk_bits, uint64_t* list) {
 }  // namespace
 
 const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace) {
-  const bool one_pass = verbs == kStepVerbs && !job.two_pass;
-  const bool decides = !one_pass && (verbs & (kMeasureVerb | kDecideVerb));
+  const bool measures = verbs & kMeasureVerb, decides = verbs & kDecideVerb, applies = verbs & kApplyVerb;
+  const bool together = measures && applies && !job.two_pass,
+             ahead = (measures && !together) || (decides && job.two_pass);
   const Kind kind = kind_of(job.rows);
   const bool full = is_full(job);
   const int index = (job.rule * kKinds + kind) * 2 + full;
@@ -955,14 +958,18 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   args.counters = reinterpret_cast<Counters*>(memory);
   args.partials = reinterpret_cast<double*>(memory + kCounterBytes);
   args.there = beyond ? static_cast<const uint64_t*>(workspace.list) : nullptr;
-  args.measured_chunks = verbs & kMeasureVerb ? uint32_t(chunks) : 0;
-  args.measure_tickets = decides ? std::max(args.measured_chunks, 1u) : 0;
-  args.tickets = args.measure_tickets + (verbs & kApplyVerb ? uint32_t(chunks) : 0);
+  args.measured_chunks = measures ? uint32_t(chunks) : 0;
+  args.measure_tickets = ahead ? std::max(args.measured_chunks, 1u) : 0;
+  args.tickets = args.measure_tickets + (applies ? uint32_t(chunks) : 0);
   args.chunks = int32_t(chunks);
   args.rows = int32_t(rows);
   args.chunk_bits = chunk_bits;
-  args.verbs = verbs;
-  args.two_pass = !one_pass;
+  args.measures = measures;
+  args.applies = applies;
+  args.together = together;
+  args.decides_ahead = decides && job.two_pass;
+  args.decides = decides && !job.two_pass && job.measure != 0;
+  args.ends = job.two_pass ? applies : decides;
   std::copy_n(job.settings, int(kSettings), args.settings);
 
   int previous = device;
