@@ -55,4 +55,5 @@ dist.all_reduce(loss)
 if rank == 0:
     stats = {name: f"{float(value):.4g}" for name, value in optimizer.stats.items()}
     print(f"{world} processes, loss {float(loss) / world:.3f}, {stats}, saved in {folder}")
+dist.barrier()  # nobody leaves before the last of them is done
 dist.destroy_process_group()

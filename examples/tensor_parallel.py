@@ -36,4 +36,5 @@ if dist.get_rank() == 0:
     stats = {name: f"{float(value):.4g}" for name, value in optimizer.stats.items()}
     part = tuple(model[1].weight.to_local().shape)
     print(f"{part} of (256, 64) in this process, {stats}, {task.metric}: {task.form.format(accuracy)}")
+dist.barrier()  # nobody leaves before the last of them is done
 dist.destroy_process_group()
