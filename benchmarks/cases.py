@@ -30,16 +30,18 @@ def gpt2_shapes(width: int = 768, layers: int = 12) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Model:
-    """The shapes of a model's parameters, and how many pairs of steps make a steady median."""
+    """The shapes of a model's parameters, and how many pairs of turns make a steady median."""
 
     shapes: list[tuple[int, ...]]
     pairs: int
+    steps: int = 1  # of a turn; more than one are made on the same gradients, in a row
 
 
 MODELS = {
     "resnet50": Model(resnet50_shapes(), pairs=40),  # 161 tensors, 25.6 M
     "gpt2": Model(gpt2_shapes(), pairs=10),  # 148 tensors, 124.4 M
-    "small": Model([(64,)] * 500, pairs=400),  # nothing but the cost of a call
+    "small": Model([(64,)] * 500, pairs=400),  # nothing but the cost of a call, as after a backward pass
+    "repeated": Model([(64,)] * 500, pairs=40, steps=20),  # the same once everything is in the caches
     "large": Model([(32 << 20,)], pairs=30),  # one tensor, nothing but memory traffic
 }
 
@@ -87,6 +89,11 @@ CASES = [
     Case("small-store-flat", "small", "previous_flat", None, 28, STORE),
     Case("small-swap", "small", "previous", 20.0, 24, SWAP),
     Case("small-swap-flat", "small", "previous_flat", None, 24, SWAP),
+    Case("repeated-plain", "repeated", "plain", 5.0, 20, SCHEDULED),
+    Case("repeated-watched", "repeated", "direction", 20.0, 20, WATCHED),
+    Case("repeated-clip", "repeated", "clip", 20.0, 24, CLIPPED),
+    Case("repeated-store", "repeated", "previous", 20.0, 28, STORE),
+    Case("repeated-swap", "repeated", "previous", 20.0, 24, SWAP),
     Case("adamw-resnet50-plain", "resnet50", "plain", 1.0, 28, SCHEDULED, "adamw"),
     Case("adamw-resnet50-watched", "resnet50", "plain", 1.0, 28, WATCHED, "adamw"),
     Case("adamw-small-plain", "small", "plain", 1.0, 28, SCHEDULED, "adamw"),

@@ -149,12 +149,13 @@ class Side:
         for p, values in zip(self.params, self.source, strict=True):
             p.grad = values.clone()
 
-    def timed_step(self) -> float:
-        """Seconds of a step alone."""
+    def timed_turn(self, steps: int) -> float:
+        """Seconds of a step alone, over so many on the same gradients."""
         self.new_gradients()
         start = perf_counter()
-        self.step()
-        return perf_counter() - start
+        for _ in range(steps):
+            self.step()
+        return (perf_counter() - start) / steps
 
 
 def copy_bandwidth(times: int = 5) -> float:
@@ -191,7 +192,7 @@ def time_round(case: Case, pairs: int, ours_first: bool, tick: Callable[[], Any]
     times: dict[Side, list[float]] = {ours: [], baseline: []}
     for pair in range(WARM_UP + pairs):
         for side in (ours, baseline) if pair % 2 else (baseline, ours):
-            times[side].append(side.timed_step())
+            times[side].append(side.timed_turn(MODELS[case.model].steps))
         tick()
     gc.enable()
     for a, b in zip(ours.params, baseline.params, strict=True):
@@ -246,7 +247,7 @@ def measure_memory(work: str, who: str, optimizer: str, ours: dict[str, Any]) ->
     def train() -> Side:
         side = Side(who, MODELS["resnet50"].shapes, optimizer, ours)
         for _ in range(WARM_UP):
-            side.timed_step()
+            side.timed_turn(steps=1)
         side.new_gradients()
         return side
 

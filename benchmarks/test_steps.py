@@ -13,4 +13,5 @@ def test_step(benchmark, case, who):
     model = MODELS[case.model]
     side = Side("ours" if who == "ours" else case.baseline, model.shapes, case.optimizer, case.ours)
     benchmark.group = case.id
-    benchmark.pedantic(side.step, setup=side.new_gradients, rounds=model.pairs, warmup_rounds=WARM_UP)
+    turn = {"setup": side.new_gradients} if model.steps == 1 else {"iterations": model.steps}
+    benchmark.pedantic(side.step, rounds=model.pairs, warmup_rounds=WARM_UP, **turn)

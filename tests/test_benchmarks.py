@@ -32,7 +32,8 @@ def test_a_case_is_timed_in_rounds_with_new_sides(run, monkeypatch, pairs, round
             made.append(who)
             self.who, self.params, self.steps = who, [torch.zeros(1)], 0
 
-        def timed_step(self):
+        def timed_turn(self, steps):
+            assert steps == 1
             self.steps += 1
             if self.who == "ours":
                 return 1.0
