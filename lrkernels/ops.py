@@ -110,9 +110,10 @@ def run_eager(
     taken: list[_Row] = []
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is not None:
-            prev = (prev_write or prev_read or [None] * len(params))[index]
-            group = int(groups[index])
             kept = prev_write[index] if prev_write else None
+            given = prev_read[index] if prev_read else None
+            prev = kept if given is None else given
+            group = int(groups[index])
             moments = [state[index] for state in states if state[index] is not None]
             wide = master[index] if master else None
             key = rules.random_key(control[Control.STEP], index) if scalars[Setting.STOCHASTIC_ROUNDING] else None

@@ -754,6 +754,18 @@ def test_a_previous_gradient_may_be_the_tensor_itself(backend, two_pass):
     assert swapped.stat("alignment") != 0 and swapped.stat("curvature") > 0
 
 
+@backends
+@orders
+def test_a_previous_gradient_may_be_read_in_one_place_and_kept_in_another(backend, two_pass):
+    kept = make([(33,), (1025,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=two_pass)
+    moved = kept.copy()
+    moved.prev_read, moved.prev_write = moved.prev_write, [torch.full_like(x, math.nan) for x in moved.prev_write]
+    before = moved.copy()
+    assert_same_bits(kept.run(backend), moved.run(backend), (*TRAINED, "control"))
+    assert_same_bits(before, moved, ("prev_read",))
+    assert moved.stat("alignment") != 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Extremes
 
