@@ -386,15 +386,25 @@ PyObject* locate(PyObject*, PyObject* tensors) {
   return PyBool_FromLong(handles::locate(tensors));
 }
 
-PyObject* gradients(PyObject*, PyObject* params) {
-  if (!PyList_Check(params)) return error("gradients() takes a list of tensors");
-  const Py_ssize_t size = PyList_Size(params);
-  Reference grads(PyList_New(size));
-  for (Py_ssize_t i = 0; grads.object && i < size; ++i) {
-    PyObject* grad = handles::grad(PyList_GetItem(params, i));
-    if (!grad || PyList_SetItem(grads.object, i, grad) != 0) return nullptr;
+// The list of one attribute of each tensor; None where there is none.
+PyObject* attributes(PyObject* tensors, const handles::Attribute& attribute) {
+  if (!PyList_Check(tensors)) return error("gradients() and versions() take a list of tensors");
+  const Py_ssize_t size = PyList_Size(tensors);
+  Reference found(PyList_New(size));
+  for (Py_ssize_t i = 0; found.object && i < size; ++i) {
+    PyObject* tensor = PyList_GetItem(tensors, i);
+    PyObject* value = tensor == Py_None ? Py_NewRef(Py_None) : handles::get(attribute, tensor);
+    if (!value || PyList_SetItem(found.object, i, value) != 0) return nullptr;
   }
-  return grads.give();
+  return found.give();
+}
+
+PyObject* gradients(PyObject*, PyObject* params) {
+  return attributes(params, handles::grad);
+}
+
+PyObject* versions(PyObject*, PyObject* tensors) {
+  return attributes(tensors, handles::version);
 }
 
 PyObject* holds(PyObject*, PyObject* args) {
@@ -436,6 +446,7 @@ PyMethodDef methods[] = {
     {"holds", holds, METH_VARARGS,
      "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
     {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
+    {"versions", versions, METH_O, "versions(tensors): the list of their ._version, and None for None."},
     {"run", run, METH_VARARGS, run_doc},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use on this machine."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS, "What the CUDA kernels were compiled for, or None."},
