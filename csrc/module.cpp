@@ -55,12 +55,10 @@ struct View : DLTensor {
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }
 
-  Dtype element() const {
-    if (is(kDLFloat, 32)) return lrk::kFloat32;
-    if (is(kDLFloat, 64)) return lrk::kFloat64;
-    if (is(kDLBfloat, 16)) return lrk::kBFloat16;
-    if (is(kDLFloat, 16)) return lrk::kFloat16;
-    return lrk::kDtypes;
+  Dtype element() const {  // kTypesOf is in the order of Dtype
+    int known = 0;
+    while (known < lrk::kDtypes && std::memcmp(&dtype, &handles::kTypesOf[known], sizeof dtype) != 0) ++known;
+    return Dtype(known);
   }
 };
 
@@ -147,11 +145,13 @@ struct Column {
     return PyList_Check(list);
   }
 
-  // A borrowed reference; None where there is no such tensor; null after an error.
-  PyObject* item(Py_ssize_t i) const {
-    PyObject* found = list ? PyList_GetItem(list, i) : Py_None;
-    if (!found || !key) return found;
-    found = PyDict_GetItemWithError(found, key);
+  // A borrowed reference: the tensor, or the dictionary that it is in.
+  PyObject* entry(Py_ssize_t i) const { return list ? PyList_GetItem(list, i) : Py_None; }
+
+  // The entry's tensor; None where there is no such tensor; null after an error.
+  PyObject* item(PyObject* entry) const {
+    if (!key || !entry) return entry;
+    PyObject* found = PyDict_GetItemWithError(entry, key);
     return found || PyErr_Occurred() ? found : Py_None;
   }
 };
@@ -163,12 +163,12 @@ constexpr Py_ssize_t kAhead = 16;  // rows
 
 // The objects of rows `begin` to `end`, their memory on its way; false after an error.
 bool gather(const Column (&columns)[kLists], Py_ssize_t begin, Py_ssize_t end, PyObject* (&items)[kAhead][kLists]) {
-  for (const Column& column : columns)
-    for (Py_ssize_t i = begin; column.list && i < end; ++i) handles::fetch(PyList_GetItem(column.list, i));
+  for (int k = 0; k < kLists; ++k)
+    for (Py_ssize_t i = begin; i < end; ++i) handles::fetch(items[i - begin][k] = columns[k].entry(i));
   for (int k = 0; k < kLists; ++k) {
-    for (Py_ssize_t i = begin; i < end; ++i) {
-      PyObject* item = items[i - begin][k] = columns[k].item(i);
-      if (!item) return false;
+    for (Py_ssize_t i = begin; columns[k].key && i < end; ++i) {
+      PyObject*& item = items[i - begin][k];
+      if (!(item = columns[k].item(item))) return false;
       handles::fetch(item);
     }
   }
