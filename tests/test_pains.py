@@ -661,6 +661,26 @@ def test_a_kept_gradient_that_was_changed_is_an_error(kind, options, change, bac
     assert optimizer.stats["step"] == 3
 
 
+class Own(torch.nn.Parameter):
+    """A parameter of a type that is not torch's."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, Own])
+def test_a_gradient_is_kept_while_none_arrives(kind, backend):
+    params = [kind(p.detach()) for p in parameters(SHAPES)]
+    optimizer = FusedSGD(params, LR, track="alignment", prev_grad="swap", backend=backend)
+    first, second, third, fourth = gradients(SHAPES, 4)
+    second[1] = fourth[1] = None
+    train(optimizer, params, [first, second, third])
+    before = [second[0], first[1], second[2]]
+    alignment = sum(torch.sum(a.double() * b.double()).item() for a, b in zip(third, before, strict=True))
+    assert optimizer.stats["alignment"].item() == pytest.approx(alignment, rel=1e-12)
+    train(optimizer, params, [fourth])
+    third[1].mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"^lrkernels: prev_grad='swap' keeps .* of shape \(33, 5\) was changed"):
+        train(optimizer, params, [first])
+
+
 def parameter(dtype=torch.float32, **more):
     return [torch.nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=dtype.is_floating_point, **more)]
 
