@@ -68,6 +68,7 @@ inline bool read(PyObject* object, DLTensor* out) {
   const void* handle = of(object);
   int32_t layout, type, index = 0, dtype;
   int64_t dim;
+  // The layout first: of a sparse tensor the rest throws, and mkldnn's answers all of it as if it were dense.
   if (!handle || aoti_torch_get_layout(handle, &layout) != 0 || layout != codes.strided) return false;
   if (aoti_torch_get_device_type(handle, &type) != 0 || (type != codes.cpu && type != codes.cuda)) return false;
   if (type == codes.cuda && aoti_torch_get_device_index(handle, &index) != 0) return false;

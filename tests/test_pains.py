@@ -638,6 +638,22 @@ def test_a_float64_gradient_is_refused_even_where_the_first_arrives_late(dtype, 
     assert params[1] not in optimizer.state
 
 
+@native_only
+@pytest.mark.parametrize("layout", ["mkldnn", "sparse"])
+def test_a_state_of_another_layout_is_an_error(layout):
+    if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no mkldnn")
+    params = parameters([(5,), (6,)])
+    optimizer = FusedSGD(params, LR, momentum=0.9, backend="native")
+    train(optimizer, params, gradients([(5,), (6,)], 1))
+    buffer = optimizer.state[params[1]]["momentum_buffer"]
+    optimizer.state[params[1]]["momentum_buffer"] = getattr(buffer, f"to_{layout}")()
+    before = bits(params)
+    with pytest.raises(ValueError, match=r"^lrkernels: state0\[1\] is not a dense CPU tensor"):
+        train(optimizer, params, gradients([(5,), (6,)], 1))
+    assert bits(params) == before
+
+
 def _changed_in_place(params):
     params[1].grad.mul_(2.0)
 
