@@ -145,13 +145,12 @@ struct Column {
     return PyList_Check(list);
   }
 
-  // A borrowed reference: the tensor, or the dictionary that it is in.
+  // A borrowed reference: the tensor, or with a key the dictionary that it is in.
   PyObject* entry(Py_ssize_t i) const { return list ? PyList_GetItem(list, i) : Py_None; }
 
-  // The entry's tensor; None where there is no such tensor; null after an error.
-  PyObject* item(PyObject* entry) const {
-    if (!key || !entry) return entry;
-    PyObject* found = PyDict_GetItemWithError(entry, key);
+  // The dictionary's tensor; None where there is no such tensor; null after an error.
+  PyObject* item(PyObject* dictionary) const {
+    PyObject* found = PyDict_GetItemWithError(dictionary, key);
     return found || PyErr_Occurred() ? found : Py_None;
   }
 };

@@ -362,12 +362,8 @@ class FusedOptimizer(Optimizer):
         for gone in self._counts.keys() - set(plan.params):
             del self._counts[gone]
         kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True)}
-        grads, versions = [], []
-        for p in plan.params:
-            grad, then = kept.get(p, (None, None))
-            grads.append(grad)
-            versions.append(then)
-        self._kept = _Kept(plan.params, grads, versions)
+        found = [kept.get(p, (None, None)) for p in plan.params]
+        self._kept = _Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -685,6 +681,7 @@ class FusedOptimizer(Optimizer):
         self._kept = _Kept(plan.params, grads, versions)
 
     def _versions(self, plan: _Plan, tensors: list[Tensor | None]) -> list[int | None]:
+        """Return what rises in each when it is changed in place, be it in this process's part alone."""
         if plan.spread is None:
             return ops.versions(tensors)
         return [None if tensor is None else version(tensor) for tensor in tensors]
