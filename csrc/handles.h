@@ -36,8 +36,14 @@ constexpr int kLine = 64;                 // bytes that come together from memor
 constexpr int kHead = 3 * kLine;          // of a TensorImpl: what the shim reads
 inline PyTypeObject* types[kTypes] = {};  // whose objects hold a handle; borrowed from torch, which keeps them
 inline Py_ssize_t offset = 0;             // and where; 0: not found
-inline PyObject* grad_descriptor = nullptr;
-inline descrgetfunc grad_getter = nullptr;
+
+// An attribute of theirs, read without a search for it.
+struct Attribute {
+  const char* name;
+  PyObject* descriptor = nullptr;  // borrowed from its class
+  descrgetfunc getter = nullptr;
+};
+inline Attribute grad{"grad"}, version{"_version"};
 
 struct Codes {
   int32_t strided, cpu, cuda, dtypes[4];
@@ -62,6 +68,7 @@ inline bool read(PyObject* object, DLTensor* out) {
   const void* handle = of(object);
   int32_t layout, type, index = 0, dtype;
   int64_t dim;
+  // The layout first: of a sparse tensor the rest throws, and mkldnn's answers all of it as if it were dense.
   if (!handle || aoti_torch_get_layout(handle, &layout) != 0 || layout != codes.strided) return false;
   if (aoti_torch_get_device_type(handle, &type) != 0 || (type != codes.cpu && type != codes.cuda)) return false;
   if (type == codes.cuda && aoti_torch_get_device_index(handle, &index) != 0) return false;
@@ -126,22 +133,24 @@ inline bool locate(PyObject* tensors) {
         data != address(tensor, "data_ptr", true))
       return false;
     types[k] = Py_TYPE(tensor);
-    PyObject* descriptor = PyObject_GetAttrString(type, "grad");
-    PyErr_Clear();
-    Py_XDECREF(descriptor);  // its class keeps it
-    if (!descriptor || (k > 0 && descriptor != grad_descriptor)) return false;
-    grad_descriptor = descriptor;
+    for (Attribute* attribute : {&grad, &version}) {
+      PyObject* descriptor = PyObject_GetAttrString(type, attribute->name);
+      PyErr_Clear();
+      Py_XDECREF(descriptor);  // its class keeps it
+      if (!descriptor || (k > 0 && descriptor != attribute->descriptor)) return false;
+      attribute->descriptor = descriptor;
+      attribute->getter = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get));
+      if (!attribute->getter) return false;
+    }
   }
-  grad_getter = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_descriptor), Py_tp_descr_get));
-  if (!grad_getter) return false;
   offset = found;
   return true;
 }
 
-// tensor.grad, a new reference; without a search for the attribute where the type is known.
-inline PyObject* grad(PyObject* tensor) {
-  if (of(tensor)) return grad_getter(grad_descriptor, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-  return PyObject_GetAttrString(tensor, "grad");
+// A tensor's attribute, a new reference; without a search for it where the type is known.
+inline PyObject* get(const Attribute& attribute, PyObject* tensor) {
+  if (of(tensor)) return attribute.getter(attribute.descriptor, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  return PyObject_GetAttrString(tensor, attribute.name);
 }
 
 }  // namespace handles

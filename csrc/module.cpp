@@ -55,12 +55,10 @@ struct View : DLTensor {
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }
 
-  Dtype element() const {
-    if (is(kDLFloat, 32)) return lrk::kFloat32;
-    if (is(kDLFloat, 64)) return lrk::kFloat64;
-    if (is(kDLBfloat, 16)) return lrk::kBFloat16;
-    if (is(kDLFloat, 16)) return lrk::kFloat16;
-    return lrk::kDtypes;
+  Dtype element() const {  // kTypesOf is in the order of Dtype
+    int known = 0;
+    while (known < lrk::kDtypes && std::memcmp(&dtype, &handles::kTypesOf[known], sizeof dtype) != 0) ++known;
+    return Dtype(known);
   }
 };
 
@@ -147,11 +145,12 @@ struct Column {
     return PyList_Check(list);
   }
 
-  // A borrowed reference; None where there is no such tensor; null after an error.
-  PyObject* item(Py_ssize_t i) const {
-    PyObject* found = list ? PyList_GetItem(list, i) : Py_None;
-    if (!found || !key) return found;
-    found = PyDict_GetItemWithError(found, key);
+  // A borrowed reference: the tensor, or with a key the dictionary that it is in.
+  PyObject* entry(Py_ssize_t i) const { return list ? PyList_GetItem(list, i) : Py_None; }
+
+  // The dictionary's tensor; None where there is no such tensor; null after an error.
+  PyObject* item(PyObject* dictionary) const {
+    PyObject* found = PyDict_GetItemWithError(dictionary, key);
     return found || PyErr_Occurred() ? found : Py_None;
   }
 };
@@ -163,12 +162,12 @@ constexpr Py_ssize_t kAhead = 16;  // rows
 
 // The objects of rows `begin` to `end`, their memory on its way; false after an error.
 bool gather(const Column (&columns)[kLists], Py_ssize_t begin, Py_ssize_t end, PyObject* (&items)[kAhead][kLists]) {
-  for (const Column& column : columns)
-    for (Py_ssize_t i = begin; column.list && i < end; ++i) handles::fetch(PyList_GetItem(column.list, i));
+  for (int k = 0; k < kLists; ++k)
+    for (Py_ssize_t i = begin; i < end; ++i) handles::fetch(items[i - begin][k] = columns[k].entry(i));
   for (int k = 0; k < kLists; ++k) {
-    for (Py_ssize_t i = begin; i < end; ++i) {
-      PyObject* item = items[i - begin][k] = columns[k].item(i);
-      if (!item) return false;
+    for (Py_ssize_t i = begin; columns[k].key && i < end; ++i) {
+      PyObject*& item = items[i - begin][k];
+      if (!(item = columns[k].item(item))) return false;
       handles::fetch(item);
     }
   }
@@ -386,15 +385,25 @@ PyObject* locate(PyObject*, PyObject* tensors) {
   return PyBool_FromLong(handles::locate(tensors));
 }
 
-PyObject* gradients(PyObject*, PyObject* params) {
-  if (!PyList_Check(params)) return error("gradients() takes a list of tensors");
-  const Py_ssize_t size = PyList_Size(params);
-  Reference grads(PyList_New(size));
-  for (Py_ssize_t i = 0; grads.object && i < size; ++i) {
-    PyObject* grad = handles::grad(PyList_GetItem(params, i));
-    if (!grad || PyList_SetItem(grads.object, i, grad) != 0) return nullptr;
+// The list of one attribute of each tensor; None where there is none.
+PyObject* attributes(PyObject* tensors, const handles::Attribute& attribute) {
+  if (!PyList_Check(tensors)) return error("gradients() and versions() take a list of tensors");
+  const Py_ssize_t size = PyList_Size(tensors);
+  Reference found(PyList_New(size));
+  for (Py_ssize_t i = 0; found.object && i < size; ++i) {
+    PyObject* tensor = PyList_GetItem(tensors, i);
+    PyObject* value = tensor == Py_None ? Py_NewRef(Py_None) : handles::get(attribute, tensor);
+    if (!value || PyList_SetItem(found.object, i, value) != 0) return nullptr;
   }
-  return grads.give();
+  return found.give();
+}
+
+PyObject* gradients(PyObject*, PyObject* params) {
+  return attributes(params, handles::grad);
+}
+
+PyObject* versions(PyObject*, PyObject* tensors) {
+  return attributes(tensors, handles::version);
 }
 
 PyObject* holds(PyObject*, PyObject* args) {
@@ -436,6 +445,7 @@ PyMethodDef methods[] = {
     {"holds", holds, METH_VARARGS,
      "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
     {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
+    {"versions", versions, METH_O, "versions(tensors): the list of their ._version, and None for None."},
     {"run", run, METH_VARARGS, run_doc},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use on this machine."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS, "What the CUDA kernels were compiled for, or None."},

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,14 @@ _FLAGS = {
 POST_SAVE = "_optimizer_state_dict_post_hooks"  # where torch keeps what is registered
 PRE_LOAD, POST_LOAD = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
+
+
+class _Kept(NamedTuple):
+    """What ``prev_grad="swap"`` keeps: a gradient for each of the plan's parameters, and its version then; or None."""
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    versions: list[int | None]
 
 
 class _Plan:
@@ -233,7 +241,7 @@ class FusedOptimizer(Optimizer):
         self._all_counts: Any = None  # the plan's
         self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept: dict[Tensor, list[Any]] = {}  # prev_grad="swap": the gradient, and its version then
+        self._kept = _Kept([], [], [])
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
@@ -355,9 +363,11 @@ class FusedOptimizer(Optimizer):
             self._controller.to(plan.device)
             self._seen = None
         self.param_groups[0][CONTROL_KEY] = self._controller.control
-        for gone in (self._counts.keys() | self._kept.keys()).difference(plan.params):
-            self._counts.pop(gone, None)
-            self._kept.pop(gone, None)
+        for gone in self._counts.keys() - set(plan.params):
+            del self._counts[gone]
+        kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True)}
+        found = [kept.get(p, (None, None)) for p in plan.params]
+        self._kept = _Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -383,7 +393,7 @@ class FusedOptimizer(Optimizer):
     def _begin_from(self, control: Tensor | None) -> None:
         """Continue from a checkpoint's control tensor, and from the states that came with it."""
         self._counts.clear()
-        self._kept.clear()
+        self._kept = _Kept([], [], [])
         self._controller.load(control)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
         self._rehearsed = False
@@ -393,7 +403,7 @@ class FusedOptimizer(Optimizer):
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
         p, group = plan.params[i], self.param_groups[plan.group_of[i]]
         state, counts = self.state[p], plan.counts_of(i)
-        if p in self._counts and (state or p in self._kept):
+        if p in self._counts and (state or self._kept.grads[i] is not None):
             counts.copy_(self._counts[p])
         elif state:  # from a checkpoint
             counts[Count.UPDATES] = self._updates_in(state)
@@ -409,12 +419,12 @@ class FusedOptimizer(Optimizer):
             state.pop("prev_param", None)
         if not self._keeps_prev():  # one that was kept so far would be an older step's when it is needed again
             state.pop("prev_grad", None)
-            self._kept.pop(p, None)
+            self._kept.grads[i] = self._kept.versions[i] = None
             if not self._same_batch:
                 counts[Count.HAS_PREV] = 0.0
         elif self._prev_grad == "swap":
             if isinstance(prev := state.get("prev_grad"), Tensor):
-                self._kept[p] = [prev, version(prev)]
+                self._kept.grads[i], self._kept.versions[i] = prev, version(prev)
             state["prev_grad"] = None  # by the name, torch's tools find one in a flattened checkpoint
         else:
             prev = state.get("prev_grad")
@@ -660,35 +670,37 @@ class FusedOptimizer(Optimizer):
 
     def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
-        there = [grad for grad in grads if grad is not None]
-        if grad_scale is None and not may_skip and len(there) == len(grads) and self._keeps_all(plan):
-            for record, new in zip(self._kept.values(), there, strict=True):
-                record[:] = new, new._version
-            return
-        skipped = self._controller.control[Control.SKIP] != 0
-        for p, grad in zip(plan.params, grads, strict=True):
-            if grad is None:
-                continue
-            if grad_scale is not None:
-                grad = grad * (1.0 / grad_scale.double()).to(grad.device, grad.dtype, non_blocking=True)
-            if may_skip:
-                old = self._kept[p][0] if p in self._kept else torch.zeros_like(grad)
-                grad = torch.where(skipped.to(grad.device, non_blocking=True), old, grad)
-            self._kept[p] = [grad, version(grad)]
+        if grad_scale is not None or may_skip:
+            skipped = self._controller.control[Control.SKIP] != 0
+            for i, (old, grad) in enumerate(zip(self._kept.grads, grads, strict=True)):
+                if grad is not None and grad_scale is not None:
+                    grad = grad * (1.0 / grad_scale.double()).to(grad.device, grad.dtype, non_blocking=True)
+                if grad is not None and may_skip:
+                    old = torch.zeros_like(grad) if old is None else old
+                    grad = torch.where(skipped.to(grad.device, non_blocking=True), old, grad)
+                grads[i] = grad
+        versions = self._versions(plan, grads)
+        if None in versions:  # where there is no gradient now, the last one stays
+            grads = [old if grad is None else grad for old, grad in zip(self._kept.grads, grads, strict=True)]
+            versions = self._versions(plan, grads)
+        self._kept = _Kept(plan.params, grads, versions)
 
-    def _keeps_all(self, plan: _Plan) -> bool:
-        """Whether every parameter's gradient is kept, in order: then none has to be looked up, which takes its time."""
-        return plan.spread is None and ops.holds(list(self._kept), plan.params)
+    def _versions(self, plan: _Plan, tensors: list[Tensor | None]) -> list[int | None]:
+        """Return what rises in each when it is changed in place, be it in this process's part alone."""
+        if plan.spread is None:
+            return ops.versions(tensors)
+        return [None if tensor is None else version(tensor) for tensor in tensors]
 
     def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
-        if self._keeps_all(plan) and all(grad._version == then for grad, then in self._kept.values()):
-            self._told = set()
-            return [grad for grad, _ in self._kept.values()]
-        changed = [p for p, (grad, then) in self._kept.items() if version(grad) != then]
-        for p in self._told.intersection(changed):  # said once: it goes on without them
-            del self._kept[p]
-        new = [p for p in changed if p in self._kept]
+        params, grads, versions = self._kept
+        new = []
+        if versions != (now := self._versions(plan, grads)):
+            for i, p in enumerate(params):
+                if now[i] != versions[i] and p in self._told:  # said once: it goes on without it
+                    grads[i] = versions[i] = None
+                elif now[i] != versions[i]:
+                    new.append(p)
         self._told = set(new)
         if new:
             raise RuntimeError(
@@ -697,7 +709,7 @@ class FusedOptimizer(Optimizer):
                 "zero_grad(set_to_none=True), which lets go of it, or use prev_grad='store' (as with "
                 "DistributedDataParallel's gradient_as_bucket_view=True, whose gradients stay its own)"
             )
-        return [self._kept[p][0] if p in self._kept else None for p in plan.params]
+        return grads
 
     # -- what a user sees ---------------------------------------------------------------------------------------------
 
@@ -748,6 +760,7 @@ class FusedOptimizer(Optimizer):
         flat = [p for group in self.param_groups for p in group["params"]]
         state: dict[Any, dict[str, Any]] = {}
         known: dict[Tensor, list[float]] = {}
+        kept = dict(zip(self._kept.params, self._kept.grads, strict=True))
         for device in {row.device for row in self._counts.values()}:
             there = {p: row for p, row in self._counts.items() if row.device == device}
             known |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
@@ -761,8 +774,8 @@ class FusedOptimizer(Optimizer):
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
             has_prev = counts[Count.HAS_PREV] != 0 or self._rehearsed
-            if has_prev and p in self._kept:
-                entry["prev_grad"] = self._kept[p][0]
+            if has_prev and kept.get(p) is not None:
+                entry["prev_grad"] = kept[p]
             elif has_prev and self.state[p].get("prev_grad") is not None:
                 entry["prev_grad"] = self.state[p]["prev_grad"]
             if entry:
@@ -838,7 +851,8 @@ class FusedOptimizer(Optimizer):
         """Restore; the next step makes a new plan."""
         super().__setstate__(state)
         if "_kept" in state:  # a copy, not a checkpoint being loaded; copies of tensors count their versions from 0
-            self._kept = {p: [grad, version(grad)] for p, (grad, _) in self._kept.items()}
+            params, grads, _ = self._kept
+            self._kept = _Kept(params, grads, [None if grad is None else version(grad) for grad in grads])
             self._run = self._lr = self._all_counts = None
             self._rates, self._captured = [], False
         self._plan = self._seen = self._keys = None

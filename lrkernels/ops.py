@@ -283,6 +283,11 @@ def gradients(params: list[Tensor]) -> list[Tensor | None]:
     return [p.grad for p in params] if _C is None else _C.gradients(params)
 
 
+def versions(tensors: list[Tensor | None]) -> list[int | None]:
+    """Return each tensor's version, a count that rises when it is changed in place; None for None."""
+    return [None if t is None else t._version for t in tensors] if _C is None else _C.versions(tensors)
+
+
 def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
     """Whether these very objects are the list's items, or the dictionary's values, in this order."""
     if _C is not None:

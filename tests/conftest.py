@@ -132,7 +132,7 @@ def everything(optimizer, params):
     """Return all that a refused step must leave as it is: parameters, their states, and what else there is."""
     states = [dict(optimizer.state[p]) if p in optimizer.state else {} for p in params]
     counts = [optimizer._counts[p] for p in params if p in optimizer._counts]
-    kept = [optimizer._kept[p][0] for p in params if p in optimizer._kept]
+    kept = [grad for grad in optimizer._kept.grads if grad is not None]
     controller = optimizer._controller
     return bits(params), bits(states), bits([counts, kept, controller.control, controller.history])
 

@@ -326,6 +326,20 @@ def test_gradients_are_the_parameters_own():
     assert all(a is p.grad for a, p in zip(found[1:-1], params[1:], strict=True))
 
 
+@needs_native
+def test_versions_rise_with_every_change_in_place():
+    class Other(torch.Tensor):
+        @property
+        def _version(self):
+            return "its own"
+
+    tensors = [torch.zeros(2), torch.nn.Parameter(torch.zeros(2), requires_grad=False), None]
+    assert ops.versions(tensors) == [0, 0, None]
+    tensors[0].add_(1)
+    tensors[1].add_(1).mul_(2)
+    assert ops.versions([*tensors, torch.zeros(1).as_subclass(Other)]) == [1, 2, None, "its own"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Both paths
 

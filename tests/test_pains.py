@@ -645,6 +645,22 @@ def test_a_float64_gradient_is_refused_even_where_the_first_arrives_late(dtype, 
     assert params[1] not in optimizer.state
 
 
+@native_only
+@pytest.mark.parametrize("layout", ["mkldnn", "sparse"])
+def test_a_state_of_another_layout_is_an_error(layout):
+    if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no mkldnn")
+    params = parameters([(5,), (6,)])
+    optimizer = FusedSGD(params, LR, momentum=0.9, backend="native")
+    train(optimizer, params, gradients([(5,), (6,)], 1))
+    buffer = optimizer.state[params[1]]["momentum_buffer"]
+    optimizer.state[params[1]]["momentum_buffer"] = getattr(buffer, f"to_{layout}")()
+    before = bits(params)
+    with pytest.raises(ValueError, match=r"^lrkernels: state0\[1\] is not a dense CPU tensor"):
+        train(optimizer, params, gradients([(5,), (6,)], 1))
+    assert bits(params) == before
+
+
 def _changed_in_place(params):
     params[1].grad.mul_(2.0)
 
@@ -666,6 +682,26 @@ def test_a_kept_gradient_that_was_changed_is_an_error(kind, options, change, bac
     assert everything(optimizer, params) == before
     train(optimizer, params, gradients(SHAPES, 1))  # said once, it goes on without them
     assert optimizer.stats["step"] == 3
+
+
+class Own(torch.nn.Parameter):
+    """A parameter of a type that is not torch's."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, Own])
+def test_a_gradient_is_kept_while_none_arrives(kind, backend):
+    params = [kind(p.detach()) for p in parameters(SHAPES)]
+    optimizer = FusedSGD(params, LR, track="alignment", prev_grad="swap", backend=backend)
+    first, second, third, fourth = gradients(SHAPES, 4)
+    second[1] = fourth[1] = None
+    train(optimizer, params, [first, second, third])
+    before = [second[0], first[1], second[2]]
+    alignment = sum(torch.sum(a.double() * b.double()).item() for a, b in zip(third, before, strict=True))
+    assert optimizer.stats["alignment"].item() == pytest.approx(alignment, rel=1e-12)
+    train(optimizer, params, [fourth])
+    third[1].mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"^lrkernels: prev_grad='swap' keeps .* of shape \(33, 5\) was changed"):
+        train(optimizer, params, [first])
 
 
 def parameter(dtype=torch.float32, **more):

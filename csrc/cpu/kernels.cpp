@@ -116,7 +116,7 @@ void skip(const Job& job) {
 // One pass over all chunks. Backwards, the gradients that a pass before this one read last are still in the cache.
 void pass(const Job& job, const std::vector<Chunk>& chunks, bool measuring, bool applying, bool backwards) {
   static thread_local std::vector<double> partials;
-  partials.assign(chunks.size() * kSums, 0.0);
+  partials.resize(chunks.size() * kSums);  // each chunk writes all of its own
   double* const partial = partials.data();
   int64_t elements = 0;
   for (const Row& row : job.rows) elements += row.numel;

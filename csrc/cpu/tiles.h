@@ -334,9 +334,9 @@ void run_chunk(const Job& job, const Row& row, int64_t begin, int64_t end, bool 
       moves.add_to(chunk_sums, {});
     }
   }
+  for (int k = 0; k < kSums; ++k) sums[k] = chunk_sums[k];
   // The direction already points uphill where the gradient is maximised; a previous gradient does not.
-  if (!momentumless) chunk_sums[kDotDirection] *= sign;
-  for (int k = 0; k < kSums; ++k) sums[k] += chunk_sums[k];
+  if (!momentumless) sums[kDotDirection] *= sign;
 #if defined(__SSE2__)
   if (row.prev_write && past_caches) _mm_sfence();  // the streamed stores are seen before the chunk counts as done
 #endif
