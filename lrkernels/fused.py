@@ -261,23 +261,20 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters that the rule is not defined for."""
-        self._check_rate(group["lr"])
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+            check(is_real(lr), f"lr must be a real number, got {lr}")
+            waits = lr.device.type != "cpu"
+            check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
+        else:
+            check_number("lr", group["lr"], 0.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
         for name in _FLAGS & group.keys():
             unset = group[name] is None and name in _IGNORED
             flag = unset or isinstance(group[name], int | np.bool_)
             check(flag, f"{name} must be True or False, got {group[name]!r}")
         check(not group["differentiable"], "differentiable=True is not supported; use torch.optim for it")
-
-    @staticmethod
-    def _check_rate(lr: Any) -> None:
-        """Refuse a rate that is none; one on a GPU is not waited for."""
-        if not isinstance(lr, Tensor):
-            return check_number("lr", lr, 0.0)
-        check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
-        check(is_real(lr), f"lr must be a real number, got {lr}")
-        waits = lr.device.type != "cpu"
-        return check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
 
     def _check_together(self, groups: list[dict[str, Any]]) -> None:
         """Refuse groups that do not go together."""
@@ -336,7 +333,6 @@ class FusedOptimizer(Optimizer):
             self._seen = seen
         for i, rate in enumerate(rates):
             if isinstance(rate, Tensor):
-                self._check_rate(rate)  # anything may have been written into it
                 assert self._lr is not None
                 self._lr[i].copy_(rate.detach().reshape(()), non_blocking=True)
 

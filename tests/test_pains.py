@@ -615,21 +615,14 @@ def test_a_refused_step_changes_nothing(kind, options, spoil, message, done, bac
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(nan), torch.tensor(-1.0), torch.ones(2)], ids=["nan", "negative", "two"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in_place"])
-def test_a_rate_s_tensor_is_checked_again(lr, in_place, backend):
+def test_a_rate_s_tensor_that_replaces_another_is_checked(lr, backend):
     params = parameters(SHAPES)
-    rate = torch.full_like(lr, LR)[:1] if lr.dim() else torch.tensor(LR)
-    optimizer = train(FusedSGD(params, rate, backend=backend), params, gradients(SHAPES, 2))
+    optimizer = train(FusedSGD(params, torch.tensor(LR), backend=backend), params, gradients(SHAPES, 2))
     before = everything(optimizer, params)
-    if in_place:
-        rate.resize_(lr.shape).copy_(lr)
-    else:
-        optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     with pytest.raises(ValueError, match=r"^lrkernels: lr must be "):
         optimizer.step()
     assert everything(optimizer, params) == before
-    optimizer.param_groups[0]["lr"] = LR
-    optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
