@@ -233,6 +233,10 @@ int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize
     error("master[" + std::to_string(i) + "] is not float32");
     return -1;
   }
+  if (prev_read.present && prev_write.present && prev_read.element() != prev_write.element()) {
+    error("prev_read[" + std::to_string(i) + "] and prev_write[" + std::to_string(i) + "] are of different dtypes");
+    return -1;
+  }
   row.param = param.memory();
   row.grad = grad.memory();
   row.master = master.present ? master.memory() : nullptr;

@@ -766,6 +766,16 @@ def test_a_previous_gradient_may_be_read_in_one_place_and_kept_in_another(backen
     assert moved.stat("alignment") != 0
 
 
+@needs_native
+def test_a_previous_gradient_of_two_dtypes_is_refused():
+    job = make([(33,)], prev=torch.float32, measure=ALL)
+    job.prev_read = [x.bfloat16() for x in job.prev_write]
+    before = job.copy()
+    with pytest.raises(ValueError, match=r"^lrkernels: prev_read\[0\] and prev_write\[0\] are of different dtypes"):
+        job.run("native")
+    assert_same_bits(job, before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Extremes
 

@@ -42,6 +42,8 @@ constexpr int kTile = 1024;             // elements: seven tiles of float stay i
 constexpr int64_t kChunk = 64 * kTile;  // elements: what is summed apart, so that the sums do not hang on the threads
 constexpr int64_t kBatch = 4;           // chunks: what one thread takes at a time, where there are enough for all
 constexpr int64_t kGrain = 1 << 15;     // elements: under this, one thread does it all
+constexpr int64_t kAhead = 4;           // chunks
+constexpr int kLine = 64, kFetched = 4 * kLine;  // bytes of each tensor
 
 namespace baseline {
 #include "tiles.h"
@@ -83,6 +85,13 @@ struct Chunk {
   int64_t begin, end;
 };
 
+// Has the beginning of a row on its way, which of a small one is all: small rows lie all over the memory.
+void fetch(const Row& row, bool applying) {
+  const void* const tensors[] = {row.grad, row.states[0], applying ? row.param : nullptr};
+  for (const void* memory : tensors)
+    for (int at = 0; memory && at < kFetched; at += kLine) __builtin_prefetch(static_cast<const char*>(memory) + at);
+}
+
 std::vector<Chunk> chunks_of(const std::vector<Row>& rows) {
   std::vector<Chunk> chunks;
   chunks.reserve(rows.size());
@@ -123,7 +132,8 @@ void pass(const Job& job, const std::vector<Chunk>& chunks, bool measuring, bool
   const int64_t count = int64_t(chunks.size());
   const RunRow run = run_row();
   parallel(count, elements, [&](int64_t i) {
-    const int64_t k = backwards ? count - 1 - i : i;
+    const int64_t k = backwards ? count - 1 - i : i, next = backwards ? k - kAhead : k + kAhead;
+    if (next >= 0 && next < count && chunks[next].begin == 0) fetch(*chunks[next].row, applying);
     run(job, *chunks[k].row, chunks[k].begin, chunks[k].end, measuring, applying, partial + k * kSums);
   });
   double sums[kSums] = {};
