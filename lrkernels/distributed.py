@@ -84,6 +84,7 @@ class Spread:
     def __init__(self, params: list[Any], process_group: Any) -> None:
         self.at = [i for i, p in enumerate(params) if is_spread(p)]
         self.groups: list[Any] = []  # one all-reduce over each
+        self.by_group = process_group is not None
         self.apart = ""  # why there can be none
         self.measured_here = [True] * len(params)
         ranks: set[int] = set()
@@ -177,56 +178,63 @@ class Spread:
         controller: Controller,
         measure: int,
         two_pass: bool,
-        found_inf: Tensor | None,
+        verdict: bool,
     ) -> None:
         """Measure, add up over the processes, decide and apply, in either order.
 
         Args:
-            call: runs verbs on gradients; with another control tensor, history or verdict if told so.
+            call: runs verbs on gradients; with another control tensor and history, or in the other order, if told so.
             grads: the gradients as this process has them.
             controller: its control tensor takes the sums.
             measure: what is measured.
             two_pass: whether this step's update needs this step's sums.
-            found_inf: a gradient scaler's verdict, which may differ between the processes.
+            verdict: whether a gradient scaler has one, which may differ between the processes.
+
+        A verdict comes before the update too. With ``process_group`` the sums always do, since a process without
+        parameters takes part: it has no scaler, so it cannot know whether the others wait for a verdict.
         """
-        if not measure and found_inf is None:
+        if not (measure or verdict):
             return call(Verb.STEP, grads)
         if self.apart:
             raise RuntimeError(self.apart)
         if not self.groups:
             return call(Verb.STEP, grads)
-        mine = [grad if counts else None for grad, counts in zip(grads, self.measured_here, strict=True)]
+        if verdict or self.by_group:
+            two_pass, call = True, functools.partial(call, two_pass=True)
+        mine = [grad if counts and measure else None for grad, counts in zip(grads, self.measured_here, strict=True)]
         theirs = [None if counts else grad for grad, counts in zip(grads, self.measured_here, strict=True)]
         shared = any(grad is not None for grad in theirs)
         control, sums = controller.control, controller.sums
-        if shared or found_inf is not None:
-            call(Verb(0), grads)  # nothing but the checks: no process may fail after the others have gone on
-        if found_inf is not None:
-            verdict = found_inf.clone()
-            self._add_up(verdict)
-            call = functools.partial(call, found_inf=verdict)
-        if not measure:
-            return call(Verb.STEP, grads)
+
+        def add_up() -> None:  # whether to skip along with the sums
+            packed = torch.cat([sums, control[Control.SKIP : Control.SKIP + 1]])
+            self._add_up(packed)
+            sums.copy_(packed[: len(Sum)])
+            control[Control.SKIP] = (packed[-1] != 0).double()
 
         def apply_theirs() -> None:  # their moves are added up elsewhere, and the step is counted with mine
             if shared:
-                call(Verb.APPLY, theirs, control=control.clone(), history=controller.history.new_empty(1, len(STATS)))
+                call(Verb.APPLY, theirs, control.clone(), controller.history.new_empty(1, len(STATS)))
 
+        if shared:
+            call(Verb(0), theirs)  # nothing but the checks: no process may fail after the others have gone on
         if not two_pass:
             call(Verb.MEASURE | Verb.APPLY, mine)
             apply_theirs()
-            self._add_up(sums)
+            add_up()
             return call(Verb.DECIDE, mine)
         call(Verb.MEASURE, mine)
-        self._add_up(sums)
-        if not measure & Measure.MOVE:
-            return call(Verb.DECIDE | Verb.APPLY, grads)
-        call(Verb.DECIDE, mine)
-        apply_theirs()
-        call(Verb.APPLY, mine)
-        move, last_move = sums[Sum.MOVE_SQ], control[Control.LAST_MOVE_SQ]
-        self._add_up(move)
-        last_move.copy_(torch.where(control[Control.SKIP] != 0, last_move, move))  # a skipped step has left it
+        add_up()
+        if shared and measure & Measure.MOVE:
+            call(Verb.DECIDE, mine)
+            apply_theirs()
+            call(Verb.APPLY, mine)
+        else:
+            call(Verb.DECIDE | Verb.APPLY, grads)
+        if measure & Measure.MOVE:
+            move, last_move = sums[Sum.MOVE_SQ], control[Control.LAST_MOVE_SQ]
+            self._add_up(move)
+            last_move.copy_(torch.where(control[Control.SKIP] != 0, last_move, move))  # a skipped step has left it
         return None
 
     def raise_versions(self, params: list[Tensor], grads: list[Tensor | None]) -> None:

@@ -623,13 +623,13 @@ class FusedOptimizer(Optimizer):
             grads: list[Tensor | None],
             control: Tensor = controller.control,
             history: Tensor = controller.history,
-            found_inf: Tensor | None = found_inf,
+            two_pass: bool = self._two_pass,
         ) -> None:
             run(
                 verbs,
                 self._rule,
                 self._measure,
-                self._two_pass,
+                two_pass,
                 params,
                 grads,
                 *((states, key) if key else None for key in self._states),
@@ -652,7 +652,7 @@ class FusedOptimizer(Optimizer):
         if spread is None:
             call(Verb.STEP, here)
         else:
-            spread.step(call, here, controller, self._measure, self._two_pass, found_inf)
+            spread.step(call, here, controller, self._measure, self._two_pass, found_inf is not None)
             spread.raise_versions(plan.params, grads)
         controller.after_step()
         may_skip = found_inf is not None or self._may_skip
