@@ -354,7 +354,7 @@ PyObject* run(PyObject*, PyObject* args) {
     if (i == begin && !gather(columns, begin, std::min(begin + kAhead, size), items)) return nullptr;
     const int added = add_row(job, where, items[i - begin], i, group_of[i], counts_of);
     if (added < 0) return nullptr;
-    if (added == 0) {
+    if (added == 0 && verbs != lrk::kDecideVerb) {  // which needs the sums alone
       const Reference index(PyLong_FromSsize_t(i));
       if (!index.object || PyList_Append(uneven.object, index.object) != 0) return nullptr;
     }

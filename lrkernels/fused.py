@@ -600,6 +600,8 @@ class FusedOptimizer(Optimizer):
         prev_read: Any = None
         prev_write: Any = None
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if isinstance(found_inf, int | float):  # torch.amp.GradScaler's sum over no gradients at all
+            found_inf = torch.full((1,), float(found_inf), device=controller.device)
         if there is not None:
             prev_read = [there.get(p) for p in plan.params]
             if plan.spread is not None:

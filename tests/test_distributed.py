@@ -961,6 +961,20 @@ def a_process_without_parameters_skips_with_the_other(folder):
 
 
 @case(2)
+def a_scaler_in_a_process_whose_gradients_are_missing(folder):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = FusedSGD([p], lr=0.5, process_group=dist.group.WORLD, track="grad_norm")
+    for overflow in (1.0, math.inf, 1.0):
+        scaler = GradScaler("cpu", init_scale=2.0)  # its update() wants to have seen a gradient
+        loss = scaler.scale((p * overflow).sum())
+        if dist.get_rank() == 0:
+            loss.backward()
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    assert float(optimizer.stats["skipped"]) == 1 and float(optimizer.stats["step"]) == 2
+
+
+@case(2)
 def nothing_is_read_twice_where_the_decision_may_wait(folder):
     model = fully_sharded(new_net())
     whole, rest = Verb.MEASURE | Verb.APPLY, Verb.DECIDE | Verb.APPLY

@@ -375,6 +375,7 @@ cases = pytest.mark.parametrize("rule, row", CASES.values(), ids=CASES)
 
 IN_PARTS = {  # whether in two passes; a step's calls
     "one-pass": (False, (Verb.MEASURE | Verb.APPLY, Verb.DECIDE)),
+    "one-pass-apart": (False, (Verb.MEASURE, Verb.APPLY | Verb.DECIDE)),
     "one-pass-each": (False, (Verb.MEASURE, Verb.APPLY, Verb.DECIDE)),
     "two-passes": (True, (Verb.MEASURE, Verb.DECIDE | Verb.APPLY)),
     "two-passes-apart": (True, (Verb.MEASURE | Verb.DECIDE, Verb.APPLY)),
@@ -386,7 +387,7 @@ in_parts = pytest.mark.parametrize("two_pass, calls", IN_PARTS.values(), ids=IN_
 def to_be_parted(rule, row, two_pass):
     """What changes with each decision: the clip, or the rate of the next step."""
     loop = {"MAX_GRAD_NORM": 1.0} if two_pass else CLOSED_LOOPS["alignment"]
-    settings = {"settings": new_settings(**loop), "measure": ALL, "two_pass": two_pass}
+    settings = {"settings": new_settings(SKIP_NONFINITE=1.0, **loop), "measure": ALL, "two_pass": two_pass}
     job = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
     job.grads[2], job.found_inf = None, torch.zeros(1)
     return job
@@ -416,6 +417,17 @@ def test_verbs_in_several_calls_are_a_step(two_pass, calls, rule, row, backend):
         calls,
         lambda job, verb: run(verb, *job.flags.values(), *job.kernel_arguments),
     )
+
+
+@needs_native
+def test_to_decide_needs_no_copies(monkeypatch):
+    sliced = torch.ones(6, 4)[:, :3]
+    job = Job([sliced], [torch.ones(6, 3)], [torch.zeros(6, 3)], hyper=hyper_row(MOMENTUM=0.9))
+    job.run("native", Verb.MEASURE)
+    job.run("native", Verb.APPLY)
+    monkeypatch.setattr(ops, "run_copies", lambda *_: pytest.fail("copied"))
+    job.run("native", Verb.DECIDE)
+    assert job.control[Control.STEP] == 1 and job.stat("grad_norm") == pytest.approx(math.sqrt(18))
 
 
 @needs_native

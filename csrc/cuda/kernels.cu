@@ -813,6 +813,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<kRule, kKind, kFull>))
   if (args.applies || args.ends) {
     if (!args.together) read_control(args, shared);
     const bool applied = args.applies && shared.control[kSkip] == 0;
+    __syncthreads();  // it may be decided anew
     if (applied)
       sum_of_chunks<kRule, kFull>(args, shared, args.together && args.measure != 0, true);
     else if (args.together)
