@@ -928,7 +928,8 @@ void fill(const Job& job, Kind kind, int chunk_bits, uint64_t* list) {
 }  // namespace
 
 const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace) {
-  const bool measures = verbs & kMeasureVerb, decides = verbs & kDecideVerb, applies = verbs & kApplyVerb;
+  const bool measures = verbs & kMeasureVerb, decides = (verbs & kDecideVerb) && job.measure;
+  const bool applies = verbs & kApplyVerb;
   const bool together = measures && applies && !job.two_pass,
              ahead = (measures && !together) || (decides && job.two_pass);
   const Kind kind = kind_of(job.rows);
@@ -969,8 +970,8 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   args.applies = applies;
   args.together = together;
   args.decides_ahead = decides && job.two_pass;
-  args.decides = decides && !job.two_pass && job.measure != 0;
-  args.ends = job.two_pass ? applies : decides;
+  args.decides = decides && !job.two_pass;
+  args.ends = verbs & (job.two_pass ? kApplyVerb : kDecideVerb);
   std::copy_n(job.settings, int(kSettings), args.settings);
 
   int previous = device;
