@@ -174,7 +174,7 @@ def test_no_parameters(verb):
 def test_verbs_in_several_calls_are_a_step(name, two_pass, calls):
     runner = ops.backend_for(CUDA, "native")
     test_ops.assert_parts_are_a_step(
-        moved(test_ops.to_be_parted(*test_ops.CASES[name], two_pass)),
+        moved(test_ops.to_be_parted(*test_ops.CASES[name], two_pass, shapes=[(33,), (70_000,), (4, 5)])),
         calls,
         lambda job, verb: runner(verb, *job.flags.values(), *job.kernel_arguments),
     )
@@ -565,12 +565,16 @@ def test_no_step_on_several_devices_waits(more):
 
 
 @several
-@pytest.mark.parametrize("more, count", [({}, 1), ({"max_grad_norm": 0.5}, 2)], ids=["plain", "clip"])
-def test_launches_on_several_devices(more, count):
-    """One on each where nothing is decided from sums over both; otherwise two, and torch's own to add them up."""
+@pytest.mark.parametrize(
+    "more, launches",
+    [({}, 2), ({"track": "grad_norm"}, 3), ({"max_grad_norm": 0.5}, 4)],
+    ids=["plain", "watched", "clip"],
+)
+def test_launches_on_several_devices(more, launches):
+    """One on each, and one on the first if it decides for the next step; two on each where both decide for this one."""
     params = spread_out(SHAPES, 2)
     found = kernels(FusedSGD(params, lr=0.05, **more), params)
-    assert len([name for name in found if "run_step" in name]) == 2 * count, found
+    assert len([name for name in found if "run_step" in name]) == launches, found
 
 
 @several

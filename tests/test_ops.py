@@ -384,11 +384,11 @@ IN_PARTS = {  # whether in two passes; a step's calls
 in_parts = pytest.mark.parametrize("two_pass, calls", IN_PARTS.values(), ids=IN_PARTS)
 
 
-def to_be_parted(rule, row, two_pass):
+def to_be_parted(rule, row, two_pass, shapes=((33,), (1025,), (4, 5))):
     """What changes with each decision: the clip, or the rate of the next step."""
     loop = {"MAX_GRAD_NORM": 1.0} if two_pass else CLOSED_LOOPS["alignment"]
     settings = {"settings": new_settings(SKIP_NONFINITE=1.0, **loop), "measure": ALL, "two_pass": two_pass}
-    job = make([(33,), (1025,), (4, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
+    job = make(shapes, rule, prev=torch.float32, hyper=hyper_row(**row), **settings)
     job.grads[2], job.found_inf = None, torch.zeros(1)
     return job
 
