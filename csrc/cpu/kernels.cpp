@@ -162,25 +162,23 @@ const char* instruction_set() {
   return has_x86_64_v3() ? "x86-64-v3 (AVX2, FMA)" : "baseline";
 }
 
-// MEASURE begins a step and the last verb of its order ends it, so that the verbs may come in separate calls.
 void run(Job& job, int verbs) {
   const std::vector<Chunk> chunks = chunks_of(job.rows);
-  const bool measures = verbs & kMeasureVerb, decides = (verbs & kDecideVerb) && job.measure;
-  const bool applies = verbs & kApplyVerb, together = measures && applies && !job.two_pass;
-  if (measures) {
+  const Parts parts = parts_of(job, verbs);
+  if (parts.measures) {
     begin(job.control, job.found_inf && *job.found_inf != 0);
     if (job.control[kSkip] != 0)
       skip(job);
-    else if (!together)
+    else if (!parts.together)
       pass(job, chunks, true, false, false);
   }
-  if (decides && job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, true);
-  if (applies && job.control[kSkip] == 0) {
-    pass(job, chunks, together && job.measure, true, !together);
+  if (parts.decides_ahead) decide(job.control, job.settings, job.hyper, job.rule, true);
+  if (parts.applies && job.control[kSkip] == 0) {
+    pass(job, chunks, parts.together && job.measure, true, !parts.together);
     count(job);
   }
-  if (decides && !job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, false);
-  if (verbs & (job.two_pass ? kApplyVerb : kDecideVerb)) finish(job);
+  if (parts.decides) decide(job.control, job.settings, job.hyper, job.rule, false);
+  if (parts.ends) finish(job);
 }
 
 }  // namespace lrk::cpu
