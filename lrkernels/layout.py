@@ -116,7 +116,7 @@ class Hyper(IntEnum):
     AMSGRAD = 5
 
 
-HYPERS = 7
+HYPERS = len(Hyper)
 
 
 class Count(_Slots):

@@ -253,28 +253,18 @@ class _Row:
 # Native
 
 
-def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
+def run_native(*arguments: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
-    uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
-    after_run(run_native, uneven, rows, verbs, rule, measure, two_pass, params, *rest)
+    after_run(run_native, *_C.run(*arguments), *arguments)
 
 
-def after_run(
-    runner: Callable[..., None],
-    uneven: list[int],
-    rows: int,
-    verbs: int,
-    rule: int,
-    measure: int,
-    two_pass: bool,
-    params: list[Tensor],
-    *rest: Any,
-) -> None:
+def after_run(runner: Callable[..., None], uneven: list[int], rows: int, *arguments: Any) -> None:
     """Do what a call of the kernels leaves to Python: the rows that need copies, and the versions of the others."""
+    verbs, _, _, _, params, grads, *_ = arguments
     if uneven:
-        run_copies(runner, uneven, verbs, rule, measure, two_pass, params, *rest)
+        run_copies(runner, uneven, *arguments)
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
-        moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
+        moved = params if rows == len(params) else [p for p, g in zip(params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
 
 
@@ -296,30 +286,22 @@ def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
     return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
-def run_copies(
-    runner: Callable[..., None],
-    uneven: list[int],
-    verbs: int,
-    rule: int,
-    measure: int,
-    two_pass: bool,
-    *arguments: Any,
-) -> None:
+def run_copies(runner: Callable[..., None], uneven: list[int], verbs: int, *arguments: Any) -> None:
     """Call the runner with copies of what has another layout than its parameter, in the ``uneven`` rows."""
-    columns: list[Any] = [*map(listed, arguments[:LISTS])]
-    others = arguments[LISTS:]
+    flags, lists, others = arguments[:3], arguments[3 : 3 + LISTS], arguments[3 + LISTS :]
+    columns: list[Any] = [*map(listed, lists)]
     copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
-        param = torch.empty_like(arguments[0][i])  # dense, in the order of the parameter's strides
+        param = torch.empty_like(lists[0][i])  # dense, in the order of the parameter's strides
         for k, column in enumerate(columns):
-            if column is None or column[i] is None or (_same_layout(column[i], param) and not column[i].is_neg()):
+            if column is None or column[i] is None or (same_layout(column[i], param) and not column[i].is_neg()):
                 continue
             original = column[i]
             column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)
             column[i].copy_(original)
             if k not in READ_ONLY and verbs & Verb.APPLY:
                 copied.append((original, column[i]))
-    runner(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
+    runner(verbs, *flags, *columns, *others)  # of one layout now
     for original, copy in copied:
         original.copy_(copy)
 
@@ -331,7 +313,8 @@ def listed(column: Any) -> list[Any] | None:
     return list(column) if column else None
 
 
-def _same_layout(a: Tensor, b: Tensor) -> bool:
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal indices mean equal places: equal sizes, and equal strides where a stride means something."""
     return a.shape == b.shape and all(
         size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )

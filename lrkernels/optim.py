@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -125,9 +124,7 @@ class FusedSGD(FusedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("momentum", group["momentum"], 0.0)
-        dampening = group["dampening"]
-        finite = isinstance(dampening, numbers.Real) and math.isfinite(dampening)
-        check(finite, f"dampening must be finite, got {dampening!r}")
+        check_number("dampening", group["dampening"])
         check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
