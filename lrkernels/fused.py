@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from . import ops, schedules
 from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control
 from .checks import check, check_number, is_real
-from .closed_loop import AlignmentSchedule, GalaSchedule
+from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
 from .devices import places_of, runner_for
@@ -541,29 +541,31 @@ class FusedOptimizer(Optimizer):
 
     def _check_capture(self, plan: _Plan | None) -> None:
         """Refuse to be captured in a graph where replaying it would not do what the steps would have done."""
-        why = self._controller.why_not_captured()
-        if not why and (plan is None or not plan.is_current(self)):
-            why = "its parameters or states have changed since the last one"
-        elif not why and plan is not None:
-            idle = set(plan.idle)
-            missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
-            late = [p for i, p in enumerate(plan.params) if p.grad is not None and i in idle]
-            if missing:
-                why = f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
-            elif late:
-                why = f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
-        if not why and self._prev_grad == "swap" and self._keeps_prev():
-            why = "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
-        if not why and self._same_batch:
-            why = "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
-        if not why and plan is not None and plan.several:
-            why = "its parameters are on several devices, and a graph has one; make one optimizer for each"
-        rates = [group["lr"] for group in self.param_groups]
-        if not why and any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
-            why = "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
-        if why:
+        if why := self._controller.why_not_captured() or self._why_not_captured(plan):
             raise RuntimeError(f"lrkernels: this step cannot be captured in a graph: {why}; {WARM_UP}")
         self._captured = True
+
+    def _why_not_captured(self, plan: _Plan | None) -> str:
+        """Return what in the parameters or settings stands against a capture, or an empty string."""
+        if plan is None or not plan.is_current(self):
+            return "its parameters or states have changed since the last one"
+        idle = set(plan.idle)
+        missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
+        if missing:
+            return f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
+        late = [plan.params[i] for i in plan.idle if plan.params[i].grad is not None]
+        if late:
+            return f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
+        if self._prev_grad == "swap" and self._keeps_prev():
+            return "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
+        if self._same_batch:
+            return "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
+        if plan.several:
+            return "its parameters are on several devices, and a graph has one; make one optimizer for each"
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
+            return "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
+        return ""
 
     def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
         """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
@@ -734,6 +736,16 @@ class FusedOptimizer(Optimizer):
         overflow skipped).
         """
         return self._controller.stats(self._measure, self._clipping)
+
+    @property
+    def open_loop(self) -> Callable[[int], float] | None:
+        """The open-loop part of ``schedule``, or None."""
+        return self._controller.open_loop
+
+    @property
+    def closed_loop(self) -> ClosedLoop | None:
+        """The closed-loop part of ``schedule``, or None."""
+        return self._controller.closed_loop
 
     def history(self) -> dict[str, NDArray[np.float64]]:
         """Return ``stats`` over the last ``history_size`` steps, oldest first, as arrays; one copy to the host."""

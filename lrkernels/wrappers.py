@@ -236,12 +236,12 @@ class Watcher(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse; nothing has been changed then.
+            ValueError: If a gradient is sparse; nothing has been changed then.
         """
         loss, there = self._evaluate(closure)
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for _, p in work):
-            raise RuntimeError("lrkernels: sparse gradients are not supported")
+        sparse = any(p.grad.is_sparse for _, p in work)
+        check(not sparse, f"{type(self).__name__} takes no sparse gradients; use sparse=False")
         if not work:
             return loss
         if self._rule is None:
