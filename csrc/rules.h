@@ -192,7 +192,7 @@ struct AdamWStep {
 // The direction of AdamW's last update, from the moments it left behind: m_hat / (sqrt(v_hat) + eps).
 template <class T>
 struct AdamWDirection {
-  T unbias1, unbias2_sqrt, eps;  // factors, since nothing but a statistic hangs on their last bit
+  T unbias1, unbias2_sqrt, eps;  // factors: only a statistic depends on their last bit
 
   AdamWDirection() = default;
   LRK_RULE AdamWDirection(const double* hyper, float updates)

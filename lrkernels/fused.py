@@ -151,7 +151,7 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
-        RuntimeError: the backend asked for is not there (at the first step).
+        RuntimeError: the backend asked for is not available (at the first step).
     """
 
     _rule: ClassVar[Rule]
@@ -450,7 +450,7 @@ class FusedOptimizer(Optimizer):
         return bool(self._measure & Measure.PREVIOUS) or (bool(self._measure & Measure.DIRECTION) and plain)
 
     def _lacks_state(self, plan: _Plan) -> bool:
-        """Whether somebody has taken a state away that the rule needs."""
+        """Whether a state that the rule needs was removed from ``optimizer.state``."""
         keys = [self._state_keys(group) for group in self.param_groups]
         awake = set(range(len(plan.params))) - set(plan.idle)
         return any(plan.states[i].get(key) is None for i in awake for key in keys[plan.group_of[i]])
@@ -837,7 +837,7 @@ class FusedOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def _hooks_aside(self, *names: str) -> Iterator[None]:
-        """Without these hooks in torch's own part: they are for the whole."""
+        """Disable these hooks while torch's own method runs: they must see the whole checkpoint."""
         hooks = {name: getattr(self, name) for name in names}
         self.__dict__.update({name: OrderedDict() for name in names})
         try:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _documented(kind: type[T]) -> type[T]:
-    """Let the docstring go on with the arguments and errors of FusedOptimizer's, for help() to show all of them."""
+    """Append FusedOptimizer's arguments and errors to the docstring, so that help() shows all of them."""
     shared = inspect.cleandoc(FusedOptimizer.__doc__ or "").partition("Args:\n")[2]
     kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n{shared}\n"
     return kind
@@ -40,7 +40,7 @@ class FusedSGD(FusedOptimizer):
         dampening: the gradient enters the buffer times 1 - dampening (default: 0).
         weight_decay: added to the gradient times the parameter (default: 0).
         nesterov: step along g + momentum * buffer (default: False).
-        maximize: climb (default: False).
+        maximize: ascend instead of descending (default: False).
         foreach, fused: accepted for torch's sake, without effect (default: None).
         differentiable: must be False.
         decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
@@ -171,7 +171,7 @@ class FusedAdamW(FusedOptimizer):
         eps: added to the root of the second moment (default: 1e-8).
         weight_decay: shrinks the parameter by lr * weight_decay (default: 1e-2).
         amsgrad: divide by the largest second moment so far (default: False).
-        maximize: climb (default: False).
+        maximize: ascend instead of descending (default: False).
         foreach, capturable, fused: accepted for torch's sake, without effect.
         differentiable: must be False.
     """

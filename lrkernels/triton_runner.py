@@ -67,7 +67,7 @@ def _small(name: str, x: Any, dtype: torch.dtype, device: torch.device, rows: in
 
 
 class _Table:
-    """What the kernel is told of a step's tensors, and what its compiler is."""
+    """A step's tensors as rows of int64 for the kernel, and the constants that it is compiled for."""
 
     def __init__(self, rule: int, columns: list[Any], groups: Tensor, settings: Tensor, hyper: Tensor) -> None:
         states = columns[2:5]
@@ -307,7 +307,7 @@ class TritonRunner:
             needed = k == 0 and told[Hyper.MOMENTUM] != 0
             if rule == Rule.ADAMW:
                 needed = k < 2 or told[Hyper.AMSGRAD] != 0
-            check(state is not None or not needed, f"the rule needs {NAMES[2 + k]}[{i}], which is not there")
+            check(state is not None or not needed, f"the rule needs {NAMES[2 + k]}[{i}], which is missing")
         kinds = {state.dtype for state in states if state is not None}
         check(len(kinds) < 2, f"the states of parameter {i} are of several dtypes")
         kinds = {x.dtype for x in row[6:] if x is not None}

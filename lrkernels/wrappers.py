@@ -341,7 +341,8 @@ class Alignment(Watcher):
 
     The direction is what can be seen from outside, minus the last move over its rate: ``d = -(x[t] - x[t-1]) / lr``,
     with weight decay in it, and the rounding of ``x``. A move at rate 0 gives no signal. For SGD and AdamW use
-    ``FusedSGD`` and ``FusedAdamW`` with ``schedule=schedules.alignment()``: there the direction is exact, and free.
+    ``FusedSGD`` and ``FusedAdamW`` with ``schedule=schedules.alignment()``: there the direction is exact,
+    and read in the same pass.
 
     Args:
         optimizer: The optimizer to wrap. Its step takes no closure.

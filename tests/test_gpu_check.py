@@ -40,7 +40,7 @@ def test_every_row_is_measured_against_every_baseline(benchmarks, monkeypatch, c
         assert set(row["baselines"]) == set(wanted.baselines)
         for name, figures in row["baselines"].items():
             if name == "ours:triton":  # not on a CPU
-                assert "backend='triton' is not there" in figures["error"]
+                assert "backend='triton' is not available" in figures["error"]
             else:
                 assert figures["ratio"] > 0
     gpu.show(found["rows"])

@@ -39,7 +39,7 @@ namespace lrk::cpu {
 namespace {
 
 constexpr int kTile = 1024;             // elements: seven tiles of float stay in a first-level cache of 32 KiB
-constexpr int64_t kChunk = 64 * kTile;  // elements: what is summed apart, so that the sums do not hang on the threads
+constexpr int64_t kChunk = 64 * kTile;  // elements: the unit of summation, so that sums do not depend on the threads
 constexpr int64_t kBatch = 4;           // chunks: what one thread takes at a time, where there are enough for all
 constexpr int64_t kGrain = 1 << 15;     // elements: under this, one thread does it all
 constexpr int64_t kAhead = 4;           // chunks
@@ -85,7 +85,7 @@ struct Chunk {
   int64_t begin, end;
 };
 
-// Has the beginning of a row on its way, which of a small one is all: small rows lie all over the memory.
+// Prefetches the beginning of a row, which is all of a small one: small rows are scattered over memory.
 void fetch(const Row& row, bool applying) {
   const void* const tensors[] = {row.grad, row.states[0], applying ? row.param : nullptr};
   for (const void* memory : tensors)

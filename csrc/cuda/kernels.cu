@@ -674,7 +674,7 @@ LRK_DEVICE void no_sums(Shared<kRule>& shared) {
   __syncthreads();
 }
 
-// Runs the chunks of the tickets up to `limit`; `ahead`, of the first thread, is the ticket that comes next. How many.
+// Runs the chunks of all tickets below `limit`, and returns how many; `ahead`, in the first thread: the next ticket.
 template <Rule kRule, Kind kKind, bool kFull>
 LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned int& ahead,
                                     unsigned int limit, bool measuring, bool applying) {
@@ -732,7 +732,7 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
   return done;
 }
 
-// Adds to a counter what this block has done, and makes it seen; whether that made up the whole.
+// Publishes what this block has written, and adds `done` to a counter; whether that made up the whole.
 template <class Count>
 LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count whole) {
   __syncthreads();

@@ -52,7 +52,7 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded: torch's own on the CPU (MKL's) is off by one bit for a fifth of all x."""
+    """The square root, correctly rounded: torch's own on the CPU (MKL's) is off by one bit for one x in five or six."""
     return x.double().sqrt().to(x.dtype)
 
 
