@@ -264,9 +264,12 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
-            check(is_real(lr), f"lr must be a real number, got {lr}")
-            waits = lr.device.type != "cpu"
-            check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
+            check(
+                is_real(lr),
+                f"lr must be a real number, got {lr.dtype}, {lr.layout}, on {lr.device}",
+            )
+            if lr.device.type == "cpu":  # to look at another, be it for a message, would wait for its device
+                check(0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             check_number("lr", group["lr"], 0.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
@@ -402,13 +405,14 @@ class FusedOptimizer(Optimizer):
         if p in self._counts and (state or self._kept.grads[i] is not None):
             counts.copy_(self._counts[p])
         elif state:  # from a checkpoint
-            counts[Count.UPDATES] = self._updates_in(state)
-            counts[Count.HAS_PREV] = float(state.get("prev_param" if self._same_batch else "prev_grad") is not None)
+            counts[Count.UPDATES].fill_(self._updates_in(state))
+            has_prev = state.get("prev_param" if self._same_batch else "prev_grad") is not None
+            counts[Count.HAS_PREV].fill_(float(has_prev))
         for key in self._state_keys(group):
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, dtype=self._state_dtype, memory_format=torch.preserve_format)
                 if key != "max_exp_avg_sq":  # the rule starts anew
-                    counts[Count.UPDATES] = 0.0
+                    counts[Count.UPDATES].zero_()
         if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
         if not self._same_batch:
@@ -417,7 +421,7 @@ class FusedOptimizer(Optimizer):
             state.pop("prev_grad", None)
             self._kept.grads[i] = self._kept.versions[i] = None
             if not self._same_batch:
-                counts[Count.HAS_PREV] = 0.0
+                counts[Count.HAS_PREV].zero_()
         elif self._prev_grad == "swap":
             if isinstance(prev := state.get("prev_grad"), Tensor):
                 self._kept.grads[i], self._kept.versions[i] = prev, version(prev)
@@ -428,7 +432,7 @@ class FusedOptimizer(Optimizer):
             if prev is None:
                 dtype = torch.bfloat16 if half else (p if p.grad is None else p.grad).dtype
                 state["prev_grad"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                counts[Count.HAS_PREV] = 0.0
+                counts[Count.HAS_PREV].zero_()
             elif half or prev.dtype == torch.bfloat16:  # a checkpoint may have kept it in the other way
                 state["prev_grad"] = prev.to(torch.bfloat16 if half else p.dtype)
         self._counts[p] = counts
