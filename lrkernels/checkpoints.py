@@ -56,7 +56,7 @@ def check_checkpoint(
         foreign = [key for key in entry if key not in known]
         check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
         check(
-            optimizer._master_weights or entry.get(MASTER) is None,
+            optimizer._options.master_weights or entry.get(MASTER) is None,
             "the checkpoint has float32 masters of its parameters; give the optimizer master_weights=True",
         )
         absent = [key for key in optimizer._required if entry and entry.get(key) is None]

@@ -129,7 +129,7 @@ class FusedSGD(FusedOptimizer):
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
         )
-        if self._normalize:
+        if self._options.normalize:
             check(not group["nesterov"], "normalize=True goes along the momentum buffer, so nesterov must be False")
             check(
                 group["weight_decay"] == 0 or group["decoupled_weight_decay"],
@@ -143,7 +143,7 @@ class FusedSGD(FusedOptimizer):
     def _check_together(self, groups: list[dict[str, Any]]) -> None:
         pairs = {(group["momentum"], group["dampening"] if group["momentum"] else 0) for group in groups}
         check(
-            not self._normalize or len(pairs) == 1,
+            not self._options.normalize or len(pairs) == 1,
             f"normalize=True needs the same momentum and dampening in all groups, got {sorted(pairs)}",
         )
 

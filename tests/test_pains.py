@@ -722,7 +722,7 @@ REFUSED_ARGUMENTS = [
     (FusedAdamW, {"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
     (FusedSGD, {"max_grad_norm": 0.0}, "max_grad_norm must be > 0 or None, got 0"),
     (FusedSGD, {"max_grad_norm": nan}, "max_grad_norm must be > 0 or None, got nan"),
-    (FusedSGD, {"history_size": 0}, "history_size must be >= 1 or None, got 0"),
+    (FusedSGD, {"history_size": 0}, "history_size must be a whole number, at least 1, got 0"),
     (FusedSGD, {"track": "loss"}, r"track takes names of .*'alignment'.*, got \['loss'\]"),
     (FusedAdamW, {"track": ["grad_norm", "x"]}, r"track takes names of .*, got \['x'\]"),
     (FusedSGD, {"prev_grad": "keep"}, r"prev_grad must be one of \('store', 'swap', 'bfloat16'\), got 'keep'"),
