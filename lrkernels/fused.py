@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops, schedules
-from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control
+from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control, restore, states_to_save
 from .checks import check, check_number, is_real
 from .closed_loop import ClosedLoop, GalaSchedule
 from .closures import gradients_at
@@ -630,34 +630,11 @@ class FusedOptimizer(Optimizer):
         self._adopt_control()
         with self._hooks_aside(POST_SAVE):
             packed = super().state_dict()
-        flat = [p for group in self.param_groups for p in group["params"]]
-        state: dict[Any, dict[str, Any]] = {}
-        known: dict[Tensor, list[float]] = {}
-        kept = dict(zip(self._kept.params, self._kept.grads, strict=True))
-        for device in {row.device for row in self._counts.values()}:
-            there = {p: row for p, row in self._counts.items() if row.device == device}
-            known |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
-        for i, p in enumerate(flat):
-            counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            started = counts[Count.UPDATES] != 0 or self._rehearsed
-            if p not in self.state or not (started or self._required == ()):
-                continue
-            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
-            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
-            if "step" in entry:
-                entry["step"] = entry["step"].clone()
-            has_prev = counts[Count.HAS_PREV] != 0 or self._rehearsed
-            if has_prev and kept.get(p) is not None:
-                entry["prev_grad"] = kept[p]
-            elif has_prev and self.state[p].get("prev_grad") is not None:
-                entry["prev_grad"] = self.state[p]["prev_grad"]
-            if entry:
-                state[i] = entry
         for group in packed["param_groups"]:
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].clone()
         packed["param_groups"][0][CONTROL_KEY] = self._controller.control.clone()
-        return self._hooked(POST_SAVE, {**packed, "state": state})
+        return self._hooked(POST_SAVE, {**packed, "state": states_to_save(self)})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -680,19 +657,7 @@ class FusedOptimizer(Optimizer):
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
-        for i, p in enumerate(flat):
-            for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
-                if isinstance(value, Tensor) and key != "step":
-                    moment = key in self._states
-                    dtype = (self._options.state_dtype or p.dtype) if moment else value.dtype
-                    self.state[p][key] = value.to(p.device, dtype)
-            for key, value in self.state.get(p, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    there = old_state.get(p, {}).get(key)
-                    if isinstance(there, Tensor) and there.dtype == value.dtype:
-                        self.state[p][key] = there.copy_(value)
-                    else:
-                        self.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        restore(self, flat, saved, old_state)
         self._begin_from(control)
         for hook in getattr(self, POST_LOAD).values():
             hook(self)
