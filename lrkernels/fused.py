@@ -364,10 +364,10 @@ class FusedOptimizer(Optimizer):
             ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
             RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
         """
-        loss, there = None, None
+        loss, probe = None, None
         if closure is not None:
             closure = torch.enable_grad()(closure)
-            there = self._gradients_at_last_point(closure) if self._same_batch else None
+            probe = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
         plan = self._plan
         if self._is_capturing():
@@ -390,12 +390,12 @@ class FusedOptimizer(Optimizer):
             self._refuse(plan, grads)
             plan = self._make_plan() if self._lacks_state(plan) else plan
         try:
-            self._launch(plan, grads, there)
+            self._launch(plan, grads, probe)
         except ValueError:
             self._refuse(plan, grads)
             if not self._lacks_state(plan):
                 raise
-            self._launch(self._make_plan(), grads, there)
+            self._launch(self._make_plan(), grads, probe)
         return loss
 
     def _is_capturing(self) -> bool:
@@ -459,7 +459,7 @@ class FusedOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return gradients_at(points, closure, params) if points else {}
 
-    def _launch(self, plan: Plan, grads: list[Tensor | None], there: Mapping[Tensor, Tensor] | None = None) -> None:
+    def _launch(self, plan: Plan, grads: list[Tensor | None], probe: Mapping[Tensor, Tensor] | None = None) -> None:
         controller, run = self._controller, self._run
         assert run is not None
         prev_read: Any = None
@@ -467,8 +467,8 @@ class FusedOptimizer(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if isinstance(found_inf, int | float):  # torch.amp.GradScaler's sum over no gradients at all
             found_inf = torch.full((1,), float(found_inf), device=controller.device)
-        if there is not None:
-            prev_read = [there.get(p) for p in plan.params]
+        if probe is not None:
+            prev_read = [probe.get(p) for p in plan.params]
             if plan.spread is not None:
                 prev_read = plan.spread.aligned(plan.params, prev_read)
             before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
@@ -523,7 +523,7 @@ class FusedOptimizer(Optimizer):
             spread.raise_versions(plan.params, grads)
         controller.after_step()
         may_skip = found_inf is not None or self._options.skip_nonfinite
-        if there is not None:
+        if probe is not None:
             skipped = controller.control[Control.SKIP] != 0
             for p, point in before:
                 old = self.state[p].get("prev_param") if may_skip else None
