@@ -58,7 +58,7 @@ def stages(out: Path) -> list[tuple[Stage, float]]:
         (Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"]), 200.0),
         (Stage("info", [python, "-m", "lrkernels", "info"]), 30.0),
         (Stage("machine code", [python, "-m", "pytest", "tests/test_cuda_build.py"]), 60.0),
-        (Stage("tests", [python, "-m", "pytest", *TESTS, *marked]), 150.0),
+        (Stage("tests", [python, "-m", "pytest", *TESTS, *marked]), 180.0),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for tool in ("memcheck", "racecheck"):
