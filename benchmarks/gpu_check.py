@@ -7,6 +7,7 @@ and one JSON with every stage and figure go to $OUT, or to benchmarks/results.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -80,12 +81,14 @@ def run(stage: Stage, seconds: float, log: Path) -> None:
     with log.open("a") as file:
         file.write(f"\n== {stage.name}: {' '.join(stage.command)}\n")
         file.flush()
+        how = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": os.setpgrp}
         try:
-            stage.status = subprocess.run(
-                stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            stage.status = 124
+            with subprocess.Popen(stage.command, **how) as process:
+                try:
+                    stage.status = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)  # its children too: they would go on using the device
+                    stage.status = 124
         except OSError as error:
             stage.status, stage.end = 127, str(error)
     stage.seconds = perf_counter() - start
