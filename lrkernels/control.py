@@ -96,6 +96,7 @@ class Controller:
         self.table = torch.ones(1, dtype=torch.float64)
         self.decay = torch.tensor(self._decay(), dtype=torch.float64)
         self._tabulated: list[float] = []
+        self._tables: list[Tensor] = []  # the shorter ones so far: a captured step has their addresses
         self._signal_given = self._warned = False
         self._started = False  # whether lr_0 is set
         self._steps = 0  # an upper bound of control[STEP], which the host does not read
@@ -213,6 +214,7 @@ class Controller:
                 break
             self._tabulated.append(value)
         if len(self._tabulated) > done:
+            self._tables.append(self.table)
             self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def observe(self, value: float | Tensor) -> None:

@@ -103,6 +103,7 @@ class FusedOptimizer(Optimizer):
         self._rates: list[float] = []
         self._all_counts: Any = None  # the plan's
         self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
+        self._outlived: list[Any] = []  # what is at them and would be gone
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
         self._kept = Kept([], [], [])
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
@@ -202,12 +203,18 @@ class FusedOptimizer(Optimizer):
         """Write the rates where the kernels read them: in place, since a captured step reads them there too."""
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
+            self._outlive(self._lr)
             self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:
                     self._lr[i].fill_(rate)
         self._rates = rates
+
+    def _outlive(self, replaced: Any) -> None:
+        """Keep a tensor that the steps to come do not need, if a captured one still does."""
+        if self._captured and replaced is not None:
+            self._outlived.append(replaced)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -236,6 +243,8 @@ class FusedOptimizer(Optimizer):
                 if p in self._counts:
                     self._counts[p] = counts
                     self._show_updates(state, counts[Count.UPDATES])
+        else:
+            self._outlive(old)
         self._all_counts = plan.counts
         plan.entries = list(self.state.values())
         self._plan = plan
@@ -693,6 +702,6 @@ class FusedOptimizer(Optimizer):
             params, grads, _ = self._kept
             self._kept = Kept(params, grads, [None if grad is None else version(grad) for grad in grads])
             self._run = self._lr = self._all_counts = None
-            self._rates, self._captured = [], False
+            self._rates, self._captured, self._outlived = [], False, []
         self._plan = self._seen = self._keys = None
         self._told = set()

@@ -4,7 +4,9 @@ And what a step would wait for on a GPU.
 """
 
 import copy
+import gc
 import traceback
+import weakref
 
 import pytest
 import torch
@@ -165,6 +167,26 @@ def test_on_cuda_a_schedule_is_tabulated_ahead(schedule, steps, monkeypatch):
     controller.before_step()
     assert len(controller.table) == steps
     assert controller.table[-1] == schedule(steps - 1)
+
+
+@pytest.mark.parametrize("change", ["group", "table"])
+def test_what_a_graph_reads_outlives_a_change(change, monkeypatch):
+    """A replay must not write to memory that is somebody else's by now."""
+    optimizer, _ = warmed_up(FusedSGD, {"lr": 0.5, "momentum": 0.9}, schedule=SCHEDULES["inverse_sqrt"])
+    graph = Graph(optimizer, monkeypatch)
+    graph.calls.clear()  # they would keep it
+    controller = optimizer._controller
+    read = [weakref.ref(tensor) for tensor in (optimizer._lr, optimizer._all_counts, controller.table)]
+    if change == "group":
+        optimizer.add_param_group({"params": parameters([(3,)]), "lr": 0.1})
+    else:
+        controller._steps = len(controller.table)
+    optimizer.step()
+    now = (optimizer._lr, optimizer._all_counts, controller.table)
+    replaced = [tensor is not before() for tensor, before in zip(now, read, strict=True)]
+    assert replaced == {"group": [True, True, False], "table": [False, False, True]}[change]
+    gc.collect()
+    assert all(tensor() is not None for tensor in read)
 
 
 def test_rates_change_in_place():
