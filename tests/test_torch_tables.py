@@ -375,6 +375,33 @@ def test_a_step_hook_may_replace_the_arguments(kind):
     assert optimizer.step(lambda: 2.0) == 1.0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_a_subclass_run_once_a_step(kind):
+    class Own(kind):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    calls = []
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    optimizer = Own([p])
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_profiler_sees_the_step_by_torch_s_name(kind):
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    optimizer = kind([p])
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert [event.name for event in profile.events()].count(f"Optimizer.step#{kind.__name__}.step") == 1
+
+
 # ---- State ----
 
 
