@@ -151,7 +151,7 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
-        RuntimeError: the backend asked for is not there (at the first step).
+        RuntimeError: the backend asked for is not there for the parameters' device.
     """
 
     _rule: ClassVar[Rule]
@@ -246,6 +246,10 @@ class FusedOptimizer(Optimizer):
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         ops.check_backend_name(backend)
         super().__init__(params, defaults)
+        devices, _ = places_of([p for group in self.param_groups for p in group["params"]])
+        for device in devices:
+            if device.type != "meta":  # where they are to be is not known yet
+                ops.check_backend(device, backend)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
 
     @property
