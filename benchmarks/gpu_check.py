@@ -7,6 +7,7 @@ and one JSON with every stage and figure go to $OUT, or to benchmarks/results.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -31,6 +32,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
                 optimizer.step()
 torch.cuda.synchronize()
 """
+OURS = ["--kernel-name", "kernel_substring=run_step"]  # of the kernels; torch's are many, and slow to look at
+
+# Each test's name before it runs, and where it stands after a while: a kernel that hangs takes the process along.
+TESTS = ["-m", "gpu", "-vv", "--tb=short", "-o", "faulthandler_timeout=40"]
 
 
 @dataclass
@@ -54,12 +59,14 @@ def stages(out: Path) -> list[tuple[Stage, float]]:
         (Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"]), 200.0),
         (Stage("info", [python, "-m", "lrkernels", "info"]), 30.0),
         (Stage("machine code", [python, "-m", "pytest", "tests/test_cuda_build.py"]), 60.0),
-        (Stage("tests", [python, "-m", "pytest", "-m", "gpu", *marked]), 150.0),
+        (Stage("tests", [python, "-m", "pytest", *TESTS, *marked]), 180.0),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for tool in ("memcheck", "racecheck"):
         command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]  # so that each tensor has ends that are looked at
-        command += [sanitizer or "", "--tool", tool, "--error-exitcode", "1", python, "-c", SANITIZED]
+        command += [sanitizer or "", "--tool", tool, "--error-exitcode", "1", *OURS]
+        command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch tries what a driver may not have
+        command += [python, "-c", SANITIZED]
         found.append((Stage(tool, command if sanitizer else []), 60.0))
     benchmark = [python, "benchmarks/gpu.py", "--seconds", "120", "--json", str(out / "gpu-benchmarks.json")]
     found.append((Stage("benchmarks", benchmark), 200.0))
@@ -74,12 +81,14 @@ def run(stage: Stage, seconds: float, log: Path) -> None:
     with log.open("a") as file:
         file.write(f"\n== {stage.name}: {' '.join(stage.command)}\n")
         file.flush()
+        how = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": os.setpgrp}
         try:
-            stage.status = subprocess.run(
-                stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            stage.status = 124
+            with subprocess.Popen(stage.command, **how) as process:
+                try:
+                    stage.status = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)  # its children too: they would go on using the device
+                    stage.status = 124
         except OSError as error:
             stage.status, stage.end = 127, str(error)
     stage.seconds = perf_counter() - start

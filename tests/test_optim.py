@@ -939,8 +939,8 @@ def test_a_signal_outlives_a_refused_step(backend):
 
 BAD = [
     (FusedSGD, {"max_grad_norm": "1"}, "max_grad_norm must be > 0 or None, got '1'"),
-    (FusedSGD, {"history_size": 2.5}, "history_size must be >= 1 or None, got 2.5"),
-    (FusedSGD, {"history_size": "3"}, "history_size must be >= 1 or None, got '3'"),
+    (FusedSGD, {"history_size": 2.5}, "history_size must be a whole number, at least 1, got 2.5"),
+    (FusedSGD, {"history_size": "3"}, "history_size must be a whole number, at least 1, got '3'"),
     (FusedSGD, {"track": None}, "track takes names of"),
     (FusedSGD, {"master_weights": "no"}, "master_weights must be True or False, got 'no'"),
     (FusedSGD, {"stochastic_rounding": None}, "stochastic_rounding must be True or False"),
@@ -955,9 +955,9 @@ def test_arguments_of_another_type_are_refused(kind, more, message):
         kind(parameters([(5,)]), LR, **more)
 
 
-def test_a_backend_that_is_not_there_is_refused_at_once(monkeypatch):
+def test_an_unavailable_backend_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(lrkernels.ops, "why_no_triton", lambda device: "it is somewhere else")
-    message = r"^lrkernels: backend='triton' is not there for cpu: it is somewhere else\. .*use backend=None"
+    message = r"^lrkernels: backend='triton' is not available for cpu: it is somewhere else\. .*use backend=None"
     with pytest.raises(RuntimeError, match=message):
         FusedSGD(parameters([(5,)]), LR, backend="triton")
     FusedSGD([torch.nn.Parameter(torch.ones(5, device="meta"))], LR, backend="triton")  # not known yet
