@@ -44,7 +44,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def refine(args: argparse.Namespace) -> int:
-    """Turn the gradient norms of a run into a schedule for the next one: JSON, and a picture beside it."""
+    """Turn the gradient norms of a run into a schedule for the next one, and a picture beside it."""
     from .schedules import refined
 
     norms = read_norms(args.norms, args.norm)
@@ -57,16 +57,20 @@ def refine(args: argparse.Namespace) -> int:
         "smoothing": args.smoothing,
         "total_steps": len(values),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content) + "\n")
-    print(f"{len(values)} steps, highest at step {int(np.argmax(values))}: {args.out}")
+    picture = args.out.with_suffix(".png")
+    out = args.out.with_suffix(".json") if args.out == picture else args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npy":
+        np.save(out, values)
+    else:
+        out.write_text(json.dumps(content) + "\n")
+    print(f"{len(values)} steps, highest at step {int(np.argmax(values))}: {out}")
 
     try:
         from . import plots
     except ModuleNotFoundError as error:
         _say(f"no picture without {error.name}: pip install 'lrkernels[demo]'")
         return 0
-    picture = args.out.with_suffix(".png")
     plots.refined(norms, values, picture, norm=args.norm, smoothing=args.smoothing)
     print(f"picture: {picture}")
     return 0
@@ -82,7 +86,7 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def read_norms(path: Path, norm: str = "l2") -> NDArray:
-    """Read gradient norms from a history (.npz), an array (.npy), or text: numbers, or a table with a header.
+    """Read gradient norms from a history (.npz, .json), an array (.npy, .json), or text: numbers, or a table.
 
     Args:
         path: The file.
@@ -92,7 +96,7 @@ def read_norms(path: Path, norm: str = "l2") -> NDArray:
         ValueError: If the file has no such column, no numbers, or none at all.
     """
     key = NORM_KEYS[norm]
-    columns = _load(path, key) if path.suffix in (".npz", ".npy") else _read_text(path, key)
+    columns = _load(path, key) if path.suffix in (".npz", ".npy", ".json") else _read_text(path, key)
     if key not in columns:
         raise ValueError(f"{path} has no {key!r} (it has {', '.join(columns)}); track=({key!r},) records it")
     norms = np.asarray(columns[key], dtype=float).ravel()
@@ -102,7 +106,14 @@ def read_norms(path: Path, norm: str = "l2") -> NDArray:
 
 
 def _load(path: Path, key: str = "") -> dict[str, NDArray]:
-    """The arrays of an .npz file, or the one of an .npy file under the name ``key``."""
+    """The arrays of an .npz file or JSON object, or the one of an .npy file or JSON list under the name ``key``."""
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text())
+            columns = content if isinstance(content, dict) else {key: content}
+            return {name: np.array(column, dtype=float).reshape(-1) for name, column in columns.items()}
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} must hold a JSON list of numbers, or an object of such lists") from None
     try:
         content = np.load(path)
     except (ValueError, EOFError, zipfile.BadZipFile):
@@ -149,14 +160,16 @@ def parser() -> argparse.ArgumentParser:
     command(bench, add_help=False)
 
     sub = command(refine)
-    sub.add_argument("norms", type=Path, help="a history (.npz), or norms as .npy, .txt or .csv")
-    sub.add_argument("-o", "--out", type=Path, default=Path("schedule.json"), help="default: schedule.json")
+    sub.add_argument("norms", type=Path, help="a history (.npz, .json), or norms as .npy, .json, .txt or .csv")
+    sub.add_argument(
+        "-o", "--out", type=Path, default=Path("schedule.json"), help="JSON, or .npy (default: schedule.json)"
+    )
     sub.add_argument("--norm", choices=list(NORM_KEYS), default="l2", help="l2 for SGD (default), l1 for Adam")
     sub.add_argument("--smoothing", type=float, default=0.1, help="fraction of the run in a median (default: 0.1)")
     sub.add_argument("--total-steps", type=_positive, help="length of the next run (default: the recorded one's)")
 
     sub = command(plot)
-    sub.add_argument("history", type=Path, help="what numpy.savez(path, **optimizer.history()) wrote")
+    sub.add_argument("history", type=Path, help="what numpy.savez(path, **optimizer.history()) wrote, or JSON")
     sub.add_argument("-o", "--out", type=Path, default=Path("history.png"), help="default: history.png")
     return top
 

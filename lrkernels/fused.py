@@ -21,7 +21,7 @@ from .checks import check, check_number, is_real
 from .closed_loop import ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .devices import runner_for
+from .devices import places_of, runner_for
 from .distributed import local, version
 from .layout import HYPERS, Control, Count, Measure, Rule, Verb
 from .options import DTYPES, Options
@@ -72,7 +72,7 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
-        RuntimeError: the backend asked for is not available (at the first step).
+        RuntimeError: the backend asked for is not available for the parameters' device.
     """
 
     _rule: ClassVar[Rule]
@@ -110,6 +110,10 @@ class FusedOptimizer(Optimizer):
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
         super().__init__(params, defaults)
+        devices, _ = places_of([p for group in self.param_groups for p in group["params"]])
+        for device in devices:
+            if device.type != "meta":  # where they are to be is not known yet
+                ops.check_backend(device, self._options.backend)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
 
     @property

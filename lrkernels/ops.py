@@ -53,6 +53,7 @@ __all__ = [
     "NATIVE",
     "after_run",
     "backend_for",
+    "check_backend",
     "check_backend_name",
     "gradients",
     "holds",
@@ -426,33 +427,35 @@ def why_no_triton(device: torch.device) -> str:
     return triton_runner.why_not(device)
 
 
-def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
-    """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not available."""
+def check_backend(device: torch.device, wanted: str | None) -> None:
+    """Raise for a backend that is asked for by name and does not serve ``device``."""
     check_backend_name(wanted)
-    reason = why_not_native(device)
-    native = not reason
-    if wanted == NATIVE and not native:
+    if wanted == NATIVE and (reason := why_not_native(device)):
         raise RuntimeError(
             f"lrkernels: backend='native' is not available for {device}: {reason}. "
             "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
         )
-    if native and wanted in (None, NATIVE):
+    if wanted == TRITON and (reason := why_no_triton(device)):
+        raise RuntimeError(
+            f"lrkernels: backend='triton' is not available for {device}: {reason}. "
+            "Install it with `pip install 'triton>=3.6'`, or use backend=None or 'eager'."
+        )
+
+
+def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
+    """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not available."""
+    check_backend(device, wanted)
+    if wanted in (None, NATIVE) and not why_not_native(device):
         if device.type == "cpu":
             return run_native
         from .cuda_runner import CudaRunner
 
         return CudaRunner(device)
-    if wanted == TRITON or (wanted is None and device.type in ("cuda", "xpu")):
-        reason = why_no_triton(device)
-        if not reason:
-            from .triton_runner import TritonRunner
+    on_gpu = device.type in ("cuda", "xpu")
+    if wanted == TRITON or (wanted is None and on_gpu and not why_no_triton(device)):
+        from .triton_runner import TritonRunner
 
-            return TritonRunner(device)
-        if wanted == TRITON:
-            raise RuntimeError(
-                f"lrkernels: backend='triton' is not available for {device}: {reason}. "
-                "Install it with `pip install 'triton>=3.6'`, or use backend=None or 'eager'."
-            )
+        return TritonRunner(device)
     return _eager_lists
 
 

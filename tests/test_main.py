@@ -24,6 +24,8 @@ def write(path, norms, key="grad_norm"):
         np.savez(path, lr=np.ones(len(norms)), **{key: np.array(norms)})
     elif path.suffix == ".npy":
         np.save(path, norms)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(norms if path.stem == "list" else {"step": list(range(len(norms))), key: norms}))
     elif path.name == "header.csv":
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["step", key], *enumerate(norms)])
@@ -40,7 +42,7 @@ def picture(path):
     return image
 
 
-@pytest.mark.parametrize("name", ["run.npz", "run.npy", "run.txt", "run.csv", "header.csv"])
+@pytest.mark.parametrize("name", ["run.npz", "run.npy", "run.txt", "run.csv", "header.csv", "run.json", "list.json"])
 def test_refine_writes_the_known_schedule(tmp_path, name, capsys):
     pytest.importorskip("matplotlib")
     source, out = write(tmp_path / name, NORMS), tmp_path / "new" / "schedule.json"
@@ -50,6 +52,22 @@ def test_refine_writes_the_known_schedule(tmp_path, name, capsys):
     assert content == {"source": str(source), "norm": "l2", "smoothing": 0.0, "total_steps": 10}
     picture(out.with_suffix(".png"))
     assert "highest at step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "written", "read"),
+    [
+        ("schedule.npy", "schedule.npy", np.load),
+        ("schedule.png", "schedule.json", lambda path: json.loads(path.read_text())["schedule"]),
+    ],
+    ids=["an array", "named as its picture"],
+)
+def test_refine_loses_no_schedule_to_its_name(tmp_path, out, written, read):
+    pytest.importorskip("matplotlib")
+    source = write(tmp_path / "run.txt", NORMS)
+    assert main(["refine", str(source), "-o", str(tmp_path / out), "--smoothing", "0"]) == 0
+    assert read(tmp_path / written) == pytest.approx(REFINED, rel=1e-6, abs=1e-12)
+    picture(tmp_path / "schedule.png")
 
 
 def test_refine_takes_l1_norms_and_another_length(tmp_path):
@@ -89,6 +107,10 @@ def test_plot_draws_a_history(tmp_path):
         ("refine run.npz", {"grad_norm": []}, "run.npz is empty"),
         ("refine run.npz", "no archive", "run.npz is not a file that numpy.savez"),
         ("refine run.npy", "", "run.npy is not a file that numpy.savez"),
+        ("refine run.json", "[1, ", "run.json must hold a JSON list of numbers"),
+        ("refine run.json", '{"grad_norm": ["x"]}', "run.json must hold a JSON list of numbers"),
+        ("refine run.json", '{"lr": [1]}', "run.json has no 'grad_norm' (it has lr)"),
+        ("plot run.json", '{"step": [1], "other": [1]}', "nothing to draw"),
         ("refine run.txt", "", "run.txt is empty"),
         ("refine run.csv", "step,loss\n0,2.5\n", "run.csv has no 'grad_norm' (it has step, loss)"),
         ("refine run.csv", "step,grad_norm\n0\n", "run.csv: column 'grad_norm' must hold one number in each row"),

@@ -955,6 +955,14 @@ def test_arguments_of_another_type_are_refused(kind, more, message):
         kind(parameters([(5,)]), LR, **more)
 
 
+def test_an_unavailable_backend_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(lrkernels.ops, "why_no_triton", lambda device: "it is somewhere else")
+    message = r"^lrkernels: backend='triton' is not available for cpu: it is somewhere else\. .*use backend=None"
+    with pytest.raises(RuntimeError, match=message):
+        FusedSGD(parameters([(5,)]), LR, backend="triton")
+    FusedSGD([torch.nn.Parameter(torch.ones(5, device="meta"))], LR, backend="triton")  # not known yet
+
+
 def test_elements_that_share_a_place_are_refused():
     with pytest.raises(ValueError, match=r"^lrkernels: a parameter has several elements in one place"):
         FusedSGD([torch.zeros(1).expand(5).requires_grad_()], LR)

@@ -560,7 +560,9 @@ def test_statistics(prev_grad):
     history = reference.history()
     assert set(history) == {*names, "lr", "skipped"}
     close(np.stack([history[name] for name in names], axis=1), rows, rel=1e-9)
-    assert reference.stats == {name: history[name][-1] for name in history}
+    assert {name: value.item() for name, value in reference.stats.items()} == {
+        name: history[name][-1] for name in history
+    }
 
 
 def test_only_what_is_measured_and_only_the_last_steps():

@@ -166,9 +166,10 @@ class Reference(torch.optim.Optimizer):
         """The last step's statistics, only what is measured; ``step`` and ``skipped`` count updates so far.
 
         ``lr`` is the first group's rate. ``alignment``, ``cosine`` and ``curvature`` are 0 where there is no
-        pair yet.
+        pair yet. NumPy's floats have ``item()``, as the fused optimizers' tensors do.
         """
-        return {**self._row, "step": self._completed, "skipped": self._skipped}
+        row = {**self._row, "step": self._completed, "skipped": self._skipped}
+        return {name: np.float64(value) for name, value in row.items()}
 
     def history(self) -> dict[str, np.ndarray]:
         """``stats`` of the last ``history_size`` completed steps, oldest first."""
