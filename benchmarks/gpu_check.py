@@ -141,7 +141,8 @@ def main() -> int:
         done.append(stage)
         state = "left out" if stage.status is None else "passed" if stage.status == 0 else f"failed ({stage.status})"
         last = stage.end.splitlines()[-1:] if stage.status == 0 else [*stage.died, *stage.end.splitlines()]
-        print(f"{stage.name:<14}{state:<14}{stage.seconds:6.1f} s", *last, sep="\n    ", flush=True)
+        first = f"{stage.name:<14}{state:<14}{stage.seconds:6.1f} s"
+        print(first, *(line[:160] for line in last), sep="\n    ", flush=True)
         report["stages"] = [asdict(each) for each in done]
         report["benchmarks"] = json.loads(figures.read_text()) if figures.exists() else None
         report_file.write_text(json.dumps(report, indent=1) + "\n")
