@@ -26,7 +26,9 @@ float64 = torch.float64
 
 def cast(value: float | Tensor, like: Tensor) -> Tensor:
     """Return a coefficient in the dtype of ``like``, rounded once."""
-    return torch.as_tensor(value, dtype=torch.float64, device=like.device).to(like.dtype)
+    if not isinstance(value, Tensor):  # made on the device: a copy from the host would be waited for
+        value = torch.full((), value, dtype=torch.float64, device=like.device)
+    return value.to(torch.float64).to(like.dtype)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
