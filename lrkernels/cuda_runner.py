@@ -11,6 +11,8 @@ from . import ops
 
 __all__ = ["CudaRunner"]
 
+_left: list[tuple[Tensor, torch.cuda.Event]] = []  # pinned memory of runners that went while a graph was captured
+
 
 class CudaRunner:
     """Runs the verbs by one launch of the C++ kernels on the current stream, with memory of its own for it.
@@ -32,8 +34,11 @@ class CudaRunner:
 
     def __del__(self) -> None:
         """Wait for the copies that are under way: the memory they read may be anyone's after this."""
+        if self._pinned and torch.cuda.is_current_stream_capturing():  # in which nothing may wait
+            return _left.extend(self._pinned)
         for _, event in self._pinned:
             event.synchronize()
+        return None
 
     def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
         """Run the verbs; a tensor whose layout differs from its parameter's goes through a copy."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lrkernels import ops
+from lrkernels import cuda_runner, ops
 from lrkernels.cuda_runner import CudaRunner
 from lrkernels.layout import Verb
 
@@ -16,7 +16,7 @@ class Device:
 
     def __init__(self, rows):
         self.memory, self.rows = 1000, rows
-        self.capturing, self.calls, self.events = False, [], []
+        self.capturing, self.calls, self.events, self.waited = False, [], [], []
         self.current = None  # the index of a CPU
 
     def run(self, *arguments):
@@ -29,7 +29,8 @@ class Device:
 
     def event(self):
         made = SimpleNamespace(done=False)
-        made.record, made.query, made.synchronize = lambda stream: None, lambda: made.done, lambda: None
+        made.record, made.query = lambda stream: None, lambda: made.done
+        made.synchronize = lambda: self.waited.append(made)
         self.events.append(made)
         return made
 
@@ -113,6 +114,20 @@ def test_a_capture_that_lacks_memory_is_refused(device):
     with pytest.raises(RuntimeError, match=r"^lrkernels: .*one step"):
         step(runner)
     assert not device.calls
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["", "capturing"])
+def test_a_runner_that_goes_waits_for_its_copies_but_not_in_a_capture(device, capturing, monkeypatch):
+    left = []
+    monkeypatch.setattr(cuda_runner, "_left", left)
+    runner = CudaRunner(torch.device("cpu"))
+    for _ in range(2):
+        step(runner)
+    device.capturing = capturing
+    pinned = list(runner._pinned)
+    del runner
+    assert device.waited == ([] if capturing else device.events)
+    assert left == (pinned if capturing else [])
 
 
 def test_two_captures_without_a_step_between_are_refused(device):
