@@ -90,7 +90,7 @@ inline void fetch(const void* address) {
   __builtin_prefetch(address);
 }
 
-// Has the cache lines on their way that `read` will need, once the object itself is there.
+// Prefetches the cache lines that `read` will need; the object itself must be there.
 inline void fetch_impl(PyObject* object) {
   const void* handle = of(object);
   if (!handle) return;

@@ -58,6 +58,23 @@ struct Job : Small {
 // Which of the verbs one call runs; a set of bits. All of them is a whole step.
 enum Verb { kMeasureVerb = 1, kDecideVerb = 2, kApplyVerb = 4, kStepVerbs = 7 };
 
+// What one call does of a step: MEASURE begins it, and the last verb of its order ends it, in one call or in several.
+struct Parts {
+  bool measures, applies, together;   // together: in one pass
+  bool decides_ahead, decides, ends;  // before applying; for the next step; the step is over then
+};
+
+inline Parts parts_of(const Job& job, int verbs) {
+  const bool measures = verbs & kMeasureVerb, applies = verbs & kApplyVerb;
+  const bool decides = (verbs & kDecideVerb) && job.measure;
+  return {measures,
+          applies,
+          measures && applies && !job.two_pass,
+          decides && job.two_pass,
+          decides && !job.two_pass,
+          (verbs & (job.two_pass ? kApplyVerb : kDecideVerb)) != 0};
+}
+
 namespace cpu {
 void run(Job& job, int verbs);
 const char* instruction_set();

@@ -160,7 +160,7 @@ constexpr int kLists = 2 + lrk::kStates + 3;  // params, grads, states, masters,
 
 constexpr Py_ssize_t kAhead = 16;  // rows
 
-// The objects of rows `begin` to `end`, their memory on its way; false after an error.
+// Collects the objects of rows `begin` to `end`, and prefetches their memory; false after an error.
 bool gather(const Column (&columns)[kLists], Py_ssize_t begin, Py_ssize_t end, PyObject* (&items)[kAhead][kLists]) {
   for (int k = 0; k < kLists; ++k)
     for (Py_ssize_t i = begin; i < end; ++i) handles::fetch(items[i - begin][k] = columns[k].entry(i));
@@ -213,7 +213,7 @@ int add_row(Job& job, DLDevice where, PyObject* const (&items)[kLists], Py_ssize
   for (int k = 0; k < lrk::kStates; ++k) {
     const View& state = views[2 + k];
     if (!state.present && needs_state(job, group, k)) {
-      error("the rule needs " + std::string(kColumns[2 + k]) + "[" + std::to_string(i) + "], which is not there");
+      error("the rule needs " + std::string(kColumns[2 + k]) + "[" + std::to_string(i) + "], which is missing");
       return -1;
     }
     if (!state.present) continue;
@@ -347,7 +347,7 @@ PyObject* run(PyObject*, PyObject* args) {
   Reference uneven(PyList_New(0));
   if (!uneven.object) return nullptr;
   job.rows.reserve(size_t(size));
-  // What a tensor's reading touches lies all over the memory, so some rows' are on their way before they are read.
+  // What is read of a tensor is scattered over memory, so some rows are prefetched at a time.
   PyObject* items[kAhead][kLists];
   for (Py_ssize_t i = 0, begin = 0; i < size; ++i) {
     if (i == begin + kAhead) begin = i;

@@ -192,7 +192,7 @@ struct AdamWStep {
 // The direction of AdamW's last update, from the moments it left behind: m_hat / (sqrt(v_hat) + eps).
 template <class T>
 struct AdamWDirection {
-  T unbias1, unbias2_sqrt, eps;  // factors, since nothing but a statistic hangs on their last bit
+  T unbias1, unbias2_sqrt, eps;  // factors: only a statistic depends on their last bit
 
   AdamWDirection() = default;
   LRK_RULE AdamWDirection(const double* hyper, float updates)
@@ -352,7 +352,7 @@ LRK_RULE double volatility_multiplier(const double* control, const double* setti
   const double rho = volatility(ring, capacity, signals, returns) / volatility(ring, capacity, signals, window);
   const double away = rho - 1.0;
   const double multiplier = 1.0 + (away > 0 ? 1.0 : -1.0) * ::log(1.0 + settings[kSensitivity] * ::fabs(away));
-  return is_finite(multiplier) && away != 0 ? multiplier : 1.0;
+  return is_finite(multiplier) ? multiplier : 1.0;
 }
 
 // Every N steps lr <- max(lr_min, lr M A), A = s(e) / s(e - N); linear warm-up first. `step` counts this update in.
@@ -367,7 +367,7 @@ LRK_RULE double volsched_factor(double* control, const double* settings, const d
   if (elapsed == 0) return 1.0;
   if (::fmod(elapsed, window) != 0 || elapsed - window >= double(decay_size - 1)) return control[kNextFactor];
   const double before = at(decay, decay_size, elapsed - window);
-  const double fall = before > 0 ? at(decay, decay_size, elapsed) / before : (before == 0 ? 0.0 : 1.0);
+  const double fall = before == 0 ? 0.0 : at(decay, decay_size, elapsed) / before;
   const double lr = lr0 * control[kNextFactor] * volatility_multiplier(control, settings) * fall;
   return lr0 != 0 ? clamp(lr, settings[kMinLr], settings[kMaxLr]) / lr0 : control[kNextFactor];
 }

@@ -1,4 +1,4 @@
-"""Fused PyTorch optimizers whose learning rate watches training, at the price of a plain step."""
+"""Fused PyTorch optimizers whose learning rate watches training, in the memory traffic of a plain step."""
 
 from . import batch_sizes, recipes, reference, schedules
 from .batch_sizes import ScheduledBatchSampler

@@ -1,4 +1,4 @@
-"""accelerate's wrapper of an optimizer, for those that skip a step by themselves: it waits only for who asks."""
+"""accelerate's optimizer wrapper, which waits for ``step_was_skipped`` only when somebody reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint has beyond torch's, and what it must be before anything of it is loaded."""
+"""What a checkpoint holds, what it must be before anything of it is loaded, and how its states come back in place."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .checks import check, is_real
 from .distributed import same_spread
-from .layout import ClosedLoopKind, Control, Setting
+from .layout import ClosedLoopKind, Control, Count, Setting
 
 if TYPE_CHECKING:
     from .control import Controller
     from .fused import FusedOptimizer
 
-__all__ = ["CONTROL_KEY", "MASTER", "check_checkpoint", "check_control"]
+__all__ = ["CONTROL_KEY", "MASTER", "check_checkpoint", "check_control", "restore", "states_to_save"]
 
 MASTER = "master_param"  # the float32 parameter behind one of 16 bits, in its state
 CONTROL_KEY = "lrkernels_control"  # the control tensor, in the first group
@@ -56,7 +57,7 @@ def check_checkpoint(
         foreign = [key for key in entry if key not in known]
         check(not foreign, f"the checkpoint has {foreign}, which {name} has not: it is another optimizer's")
         check(
-            optimizer._master_weights or entry.get(MASTER) is None,
+            optimizer._options.master_weights or entry.get(MASTER) is None,
             "the checkpoint has float32 masters of its parameters; give the optimizer master_weights=True",
         )
         absent = [key for key in optimizer._required if entry and entry.get(key) is None]
@@ -115,3 +116,53 @@ def check_control(control: Any, controller: Controller) -> None:
         "the checkpoint's schedule state is that of another closed loop; give the optimizer the schedule it was saved "
         "with, or drop the key 'lrkernels_control' from the checkpoint's first group to begin the schedule anew",
     )
+
+
+def states_to_save(optimizer: FusedOptimizer) -> dict[int, dict[str, Any]]:
+    """Return the states by position of their parameter, without those that no update has filled yet."""
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    saved: dict[int, dict[str, Any]] = {}
+    known: dict[Tensor, list[float]] = {}
+    kept = dict(zip(optimizer._kept.params, optimizer._kept.grads, strict=True))
+    for device in {row.device for row in optimizer._counts.values()}:
+        rows = {p: row for p, row in optimizer._counts.items() if row.device == device}
+        known |= zip(rows, torch.stack(list(rows.values())).tolist(), strict=True)
+    for i, p in enumerate(flat):
+        counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
+        started = counts[Count.UPDATES] != 0 or optimizer._rehearsed
+        if p not in optimizer.state or not (started or optimizer._required == ()):
+            continue
+        state = optimizer.state[p]
+        left_out = ("prev_grad",) if started else ("prev_grad", *optimizer._states)
+        entry = {key: value for key, value in state.items() if key not in left_out}
+        if "step" in entry:
+            entry["step"] = entry["step"].clone()
+        has_prev = counts[Count.HAS_PREV] != 0 or optimizer._rehearsed
+        prev = state.get("prev_grad") if kept.get(p) is None else kept[p]
+        if has_prev and prev is not None:
+            entry["prev_grad"] = prev
+        if entry:
+            saved[i] = entry
+    return saved
+
+
+def restore(
+    optimizer: FusedOptimizer,
+    flat: list[Tensor],
+    saved: dict[int, dict[str, Any]],
+    old_state: dict[Tensor, dict[str, Any]],
+) -> None:
+    """Put the states that torch has loaded into the tensors of ``old_state``, in their own dtypes."""
+    for i, p in enumerate(flat):
+        for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
+            if isinstance(value, Tensor) and key != "step":
+                moment = key in optimizer._states
+                dtype = (optimizer._options.state_dtype or p.dtype) if moment else value.dtype
+                optimizer.state[p][key] = value.to(p.device, dtype)
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and key != "step":
+                old = old_state.get(p, {}).get(key)
+                if isinstance(old, Tensor) and old.dtype == value.dtype:
+                    optimizer.state[p][key] = old.copy_(value)
+                else:
+                    optimizer.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

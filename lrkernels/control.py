@@ -96,6 +96,7 @@ class Controller:
         self.table = torch.ones(1, dtype=torch.float64)
         self.decay = torch.tensor(self._decay(), dtype=torch.float64)
         self._tabulated: list[float] = []
+        self._tables: list[Tensor] = []  # the shorter ones so far: a captured step has their addresses
         self._signal_given = self._warned = False
         self._started = False  # whether lr_0 is set
         self._steps = 0  # an upper bound of control[STEP], which the host does not read
@@ -137,7 +138,7 @@ class Controller:
             if isinstance(lr, Tensor):
                 self.control[Control.FIRST_LR].copy_(lr.detach().reshape(()), non_blocking=True)
             else:
-                self.control[Control.FIRST_LR] = lr
+                self.control[Control.FIRST_LR].fill_(lr)  # on a GPU, to assign a number would wait
             self._started = True
             if isinstance(self.closed_loop, GalaSchedule | VolSchedule) and not isinstance(lr, Tensor) and lr == 0:
                 warnings.warn(
@@ -213,6 +214,7 @@ class Controller:
                 break
             self._tabulated.append(value)
         if len(self._tabulated) > done:
+            self._tables.append(self.table)
             self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def observe(self, value: float | Tensor) -> None:
@@ -222,7 +224,7 @@ class Controller:
             check(one, f"observe() takes a number or a tensor of one element, got shape {tuple(value.shape)}")
             self.control[Control.SIGNAL].copy_(value.detach().reshape(()), non_blocking=True)
         elif math.isfinite(value):
-            self.control[Control.SIGNAL] = float(value)
+            self.control[Control.SIGNAL].fill_(float(value))
         else:
             warnings.warn(f"lrkernels: observe() was given {value}; this step has no signal", stacklevel=3)
         self._signal_given = True
@@ -250,7 +252,7 @@ class Controller:
     def load(self, control: Tensor | None) -> None:
         """Continue from a checkpoint's control tensor, or begin anew without one; in place. The history is empty."""
         self.control.copy_(self._fresh(len(self.control)) if control is None else control)
-        self.control[Control.ROWS] = 0
+        self.control[Control.ROWS].zero_()
         self.loads += 1
         self._started = not math.isnan(float(self.control[Control.FIRST_LR]))
         self._steps, self._calls, self._pages = int(self.control[Control.STEP]), 0, []

@@ -11,7 +11,7 @@ from . import ops
 
 __all__ = ["CudaRunner"]
 
-_left: list[tuple[Tensor, torch.cuda.Event]] = []  # pinned memory of runners that went while a graph was captured
+_orphans: list[tuple[Tensor, torch.cuda.Event]] = []  # of runners that ended while a graph was captured
 
 
 class CudaRunner:
@@ -34,11 +34,11 @@ class CudaRunner:
 
     def __del__(self) -> None:
         """Wait for the copies that are under way: the memory they read may be anyone's after this."""
-        if self._pinned and torch.cuda.is_current_stream_capturing():  # in which nothing may wait
-            return _left.extend(self._pinned)
+        if self._pinned and torch.cuda.is_current_stream_capturing():  # by which an event may not be asked anything
+            _orphans.extend(self._pinned)
+            return
         for _, event in self._pinned:
             event.synchronize()
-        return None
 
     def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
         """Run the verbs; a tensor whose layout differs from its parameter's goes through a copy."""
@@ -59,7 +59,10 @@ class CudaRunner:
             self._grow(*short.args)
             pinned = self._free_pinned(capturing)
             uneven, rows = ops._C.run(*arguments, self._workspace(pinned))
-        if pinned is not None and not capturing:
+        if pinned is not None and capturing and not uneven:  # where nothing was launched, the next call takes it
+            self._captured.append(pinned)
+            self._spare = None
+        elif pinned is not None and not capturing:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
             self._pinned.append((pinned, event))
@@ -87,13 +90,11 @@ class CudaRunner:
         if self._list is None:
             return None
         if capturing:
-            taken, self._spare = self._spare, None
-            if taken is None:
+            if self._spare is None:
                 raise RuntimeError(
                     "lrkernels: an optimizer of this many parameters takes one step outside before each capture"
                 )
-            self._captured.append(taken)
-            return taken
+            return self._spare
         if self._spare is None:
             self._spare = self._new_pinned(self._list.numel())
         for i, (pinned, event) in enumerate(self._pinned):

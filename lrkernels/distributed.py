@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Tensor | None)
 
 
 def is_spread(tensor: Any) -> bool:
-    """Whether it is a ``DTensor``; no model has one before somebody has imported their module, which takes a second."""
+    """Whether it is a ``DTensor``, without importing their module, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

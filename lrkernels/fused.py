@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,43 +15,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops, schedules
-from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control
+from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control, restore, states_to_save
 from .checks import check, check_number, is_real
-from .closed_loop import AlignmentSchedule, GalaSchedule
+from .closed_loop import ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
-from .devices import places_of, runner_for
-from .distributed import local, spread_of, version, where_added_up
-from .layout import HYPERS, Control, Count, Measure, Rule, Setting, Verb
+from .devices import runner_for
+from .distributed import local, version
+from .layout import HYPERS, Control, Count, Measure, Rule, Verb
+from .options import DTYPES, Options
+from .plan import Kept, Plan
 
 __all__ = ["FusedOptimizer"]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
-TRACKS = {
-    "grad_norm": Measure.NORMS,
-    "grad_norm_l1": Measure.NORMS,
-    "direction": Measure.NORMS | Measure.DIRECTION,
-    "alignment": Measure.NORMS | Measure.PREVIOUS | Measure.MOVE,
-}
-PREV_GRAD = ("store", "swap", "bfloat16")
-_PICKLED = (  # what a copy of the optimizer takes along, besides what torch's does
-    "_controller",
-    "_counts",
-    "_kept",
-    "_measure",
-    "_two_pass",
-    "_same_batch",
-    "_clipping",
-    "_prev_grad",
-    "_process_group",
-    "_backend",
-    "_state_dtype",
-    "_master_weights",
-    "_normalize",
-    "_may_skip",
-    "_rehearsed",
-)
+# What a copy of the optimizer takes along, besides what torch's does.
+_PICKLED = ("_options", "_controller", "_counts", "_kept", "_measure", "_two_pass", "_same_batch", "_rehearsed")
 _IGNORED = {"foreach", "fused", "capturable"}  # torch's, which may be None
 _FLAGS = {
     "maximize",
@@ -65,64 +43,6 @@ _FLAGS = {
 POST_SAVE = "_optimizer_state_dict_post_hooks"  # where torch keeps what is registered
 PRE_LOAD, POST_LOAD = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
-
-
-class _Kept(NamedTuple):
-    """What ``prev_grad="swap"`` keeps: a gradient for each of the plan's parameters, and its version then; or None."""
-
-    params: list[Tensor]
-    grads: list[Tensor | None]
-    versions: list[int | None]
-
-
-class _Plan:
-    """All parameters, flat and in order, with their states: what a step hands to the kernels besides the gradients."""
-
-    def __init__(self, optimizer: FusedOptimizer) -> None:
-        flat = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        self.lists = [list(group["params"]) for group in optimizer.param_groups]
-        self.params = [p for p, _ in flat]
-        self.group_of = [i for _, i in flat]
-        self.groups = torch.tensor(self.group_of, dtype=torch.int32)
-        self.devices, self._at = places_of(self.params)
-        self.devices = self.devices or [where_added_up(optimizer._process_group)]
-        self.device = self.devices[0]  # of the small tensors
-        self.spread = spread_of(self.params, optimizer._process_group, optimizer._measure)
-        self._check_devices()
-        counts = [torch.zeros(len(flat), len(Count), dtype=torch.float32, device=device) for device in self.devices]
-        self.several = len(counts) > 1
-        self.counts: Any = counts if self.several else counts[0]
-        self.state = optimizer.state
-        self.states: list[dict[str, Any]] = [{} for _ in self.params]
-        self.idle = [i for i, p in enumerate(self.params) if p not in self.state]  # no gradient so far
-        self.entries = list(self.state.values())
-
-    def _check_devices(self) -> None:
-        names = ", ".join(map(str, self.devices))
-        check(
-            len({device.type for device in self.devices}) == 1,
-            f"parameters on several devices of different kinds ({names}): make one optimizer for each",
-        )
-        check(
-            len(self.devices) == 1 or self.spread is None,
-            f"parameters on several devices ({names}) and spread over processes: make one optimizer for each device",
-        )
-
-    def counts_of(self, i: int) -> Tensor:
-        """Return the row of parameter ``i``, on its device."""
-        return self.counts[self._at[i]][i] if self.several else self.counts[i]
-
-    def is_current(self, optimizer: FusedOptimizer) -> bool:
-        """Whether nobody has exchanged the parameters, the states or the control tensor, or moved the parameters."""
-        lists = [group["params"] for group in optimizer.param_groups]
-        return (
-            len(lists) == len(self.lists)
-            and all(map(ops.holds, lists, self.lists))
-            and optimizer.param_groups[0].get(CONTROL_KEY) is optimizer._controller.control
-            and self.state is optimizer.state
-            and ops.holds(self.state, self.entries)
-            and (not self.params or self.params[0].device == self.device)
-        )
 
 
 class FusedOptimizer(Optimizer):
@@ -151,7 +71,7 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
-        RuntimeError: the backend asked for is not there (at the first step).
+        RuntimeError: the backend asked for is not available (at the first step).
     """
 
     _rule: ClassVar[Rule]
@@ -165,72 +85,15 @@ class FusedOptimizer(Optimizer):
         defaults: dict[str, Any],
         *,
         schedule: Any,
-        max_grad_norm: float | None,
-        track: Iterable[str],
-        prev_grad: str,
-        process_group: Any,
-        backend: str | None,
-        history_size: int | None,
-        state_dtype: torch.dtype | None,
-        master_weights: bool,
-        stochastic_rounding: bool,
-        skip_nonfinite: bool,
-        normalize: bool = False,
+        **options: Any,
     ) -> None:
         open_loop, closed_loop = schedules.split(schedule)
-        check(isinstance(track, Iterable), f"track takes names of {tuple(TRACKS)}, got {track!r}")
-        track = (track,) if isinstance(track, str) else tuple(track)
-        unknown = [name for name in track if name not in TRACKS]
-        check(not unknown, f"track takes names of {tuple(TRACKS)}, got {unknown}")
-        check(prev_grad in PREV_GRAD, f"prev_grad must be one of {PREV_GRAD}, got {prev_grad!r}")
-        positive = isinstance(max_grad_norm, numbers.Real) and max_grad_norm > 0
-        check(max_grad_norm is None or positive, f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}")
-        whole = isinstance(history_size, numbers.Integral) and history_size >= 1
-        check(history_size is None or whole, f"history_size must be >= 1 or None, got {history_size!r}")
-        switches = {
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "skip_nonfinite": skip_nonfinite,
-            "normalize": normalize,
-        }
-        for name, value in switches.items():
-            check(isinstance(value, bool | np.bool_), f"{name} must be True or False, got {value!r}")
-        known = state_dtype is None or state_dtype in DTYPES
-        check(known, f"state_dtype must be None or one of {DTYPES}, got {state_dtype}")
-        check(
-            not (master_weights and stochastic_rounding),
-            "master_weights=True keeps what stochastic_rounding=True rounds away: choose one",
-        )
-        check(
-            not (normalize and max_grad_norm is not None),
-            "normalize=True makes every step as long as its rate, so max_grad_norm has nothing to clip: leave it out",
-        )
+        self._options = Options(**options)
+        self._measure = self._options.measures(self._rule, closed_loop)
+        self._two_pass = self._options.two_pass(closed_loop)
         self._same_batch = isinstance(closed_loop, GalaSchedule) and closed_loop.mode == "same_batch"
-        gala = isinstance(closed_loop, GalaSchedule)
-        at_once = isinstance(closed_loop, AlignmentSchedule) and closed_loop.lag == 0
-        self._measure = Measure(0)
-        for name in track:
-            self._measure |= TRACKS[name]
-        if max_grad_norm is not None or skip_nonfinite:
-            self._measure |= Measure.NORMS
-        if isinstance(closed_loop, AlignmentSchedule) or normalize:
-            self._measure |= TRACKS["direction"]
-        if gala:
-            self._measure |= TRACKS["alignment"]
-            self._measure |= TRACKS["direction"] if self._rule == Rule.ADAMW else Measure(0)
-        self._two_pass = max_grad_norm is not None or gala or at_once or skip_nonfinite or normalize
-        self._clipping, self._prev_grad = max_grad_norm is not None, prev_grad
-        self._process_group, self._backend = process_group, backend
-        self._state_dtype, self._master_weights = state_dtype, master_weights
-        self._normalize, self._may_skip = normalize, skip_nonfinite
-        settings = {
-            Setting.MAX_GRAD_NORM: math.inf if max_grad_norm is None else max_grad_norm,
-            Setting.SKIP_NONFINITE: float(skip_nonfinite),
-            Setting.NORMALIZE: float(normalize),
-            Setting.STOCHASTIC_ROUNDING: float(stochastic_rounding),
-        }
-        self._controller = Controller(open_loop, closed_loop, settings, history_size)
-        self._plan: _Plan | None = None
+        self._controller = Controller(open_loop, closed_loop, self._options.settings(), self._options.history_size)
+        self._plan: Plan | None = None
         self._run: Callable[..., None] | None = None
         self._devices: list[torch.device] = []  # that it serves
         self._eager = False  # whether it is torch's own operations
@@ -240,11 +103,11 @@ class FusedOptimizer(Optimizer):
         self._rates: list[float] = []
         self._all_counts: Any = None  # the plan's
         self._captured = False  # whether a step was captured in a graph, which has the addresses of that time
+        self._outlived: list[Any] = []  # what is at them and would be gone
         self._counts: dict[Tensor, Tensor] = {}  # each parameter's row of the plan's counts
-        self._kept = _Kept([], [], [])
+        self._kept = Kept([], [], [])
         self._told: set[Tensor] = set()  # whose kept gradient was said to be lost
         self._rehearsed = False  # states without an update, for a checkpoint to be loaded into
-        ops.check_backend_name(backend)
         super().__init__(params, defaults)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
 
@@ -264,9 +127,9 @@ class FusedOptimizer(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             check(lr.numel() == 1, f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
-            check(is_real(lr), f"lr must be a real number, got {lr}")
-            waits = lr.device.type != "cpu"
-            check(waits or 0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
+            check(is_real(lr), f"lr must be a real number, got {lr.dtype}, {lr.layout}, on {lr.device}")
+            if lr.device.type == "cpu":  # to look at another, be it for a message, would wait for its device
+                check(0.0 <= float(lr) < math.inf, f"lr must be finite and >= 0, got {lr}")
         else:
             check_number("lr", group["lr"], 0.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
@@ -306,7 +169,7 @@ class FusedOptimizer(Optimizer):
             raise
         self._plan = None
 
-    def _refresh_hyper(self, plan: _Plan) -> None:
+    def _refresh_hyper(self, plan: Plan) -> None:
         """Bring the device's rates and the host's rows up to date with ``param_groups``."""
         rates = [group["lr"] for group in self.param_groups]
         seen = [
@@ -340,6 +203,7 @@ class FusedOptimizer(Optimizer):
         """Write the rates where the kernels read them: in place, since a captured step reads them there too."""
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
+            self._outlive(self._lr)
             self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
@@ -347,14 +211,19 @@ class FusedOptimizer(Optimizer):
                     self._lr[i].fill_(rate)
         self._rates = rates
 
+    def _outlive(self, replaced: Any) -> None:
+        """Keep a tensor that the steps to come do not need, if a captured one still does."""
+        if self._captured and replaced is not None:
+            self._outlived.append(replaced)
+
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _make_plan(self) -> _Plan:
+    def _make_plan(self) -> Plan:
         """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
         self._adopt_control()
-        plan = _Plan(self)
+        plan = Plan(self)
         if self._run is None or plan.devices != self._devices:
-            self._run, self._devices = runner_for(plan.devices, self._backend), plan.devices
+            self._run, self._devices = runner_for(plan.devices, self._options.backend), plan.devices
             self._eager = ops.is_eager(self._run)
             self._controller.to(plan.device)
             self._seen = None
@@ -363,7 +232,7 @@ class FusedOptimizer(Optimizer):
             del self._counts[gone]
         kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True)}
         found = [kept.get(p, (None, None)) for p in plan.params]
-        self._kept = _Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
+        self._kept = Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
         for i, p in enumerate(plan.params):
             if p in plan.state:
                 self._fill_state(plan, i)
@@ -374,6 +243,8 @@ class FusedOptimizer(Optimizer):
                 if p in self._counts:
                     self._counts[p] = counts
                     self._show_updates(state, counts[Count.UPDATES])
+        else:
+            self._outlive(old)
         self._all_counts = plan.counts
         plan.entries = list(self.state.values())
         self._plan = plan
@@ -389,27 +260,28 @@ class FusedOptimizer(Optimizer):
     def _begin_from(self, control: Tensor | None) -> None:
         """Continue from a checkpoint's control tensor, and from the states that came with it."""
         self._counts.clear()
-        self._kept = _Kept([], [], [])
+        self._kept = Kept([], [], [])
         self._controller.load(control)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
         self._rehearsed = False
         self._plan = None
 
-    def _fill_state(self, plan: _Plan, i: int) -> None:
+    def _fill_state(self, plan: Plan, i: int) -> None:
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
         p, group = plan.params[i], self.param_groups[plan.group_of[i]]
         state, counts = self.state[p], plan.counts_of(i)
         if p in self._counts and (state or self._kept.grads[i] is not None):
             counts.copy_(self._counts[p])
         elif state:  # from a checkpoint
-            counts[Count.UPDATES] = self._updates_in(state)
-            counts[Count.HAS_PREV] = float(state.get("prev_param" if self._same_batch else "prev_grad") is not None)
+            counts[Count.UPDATES].fill_(self._updates_in(state))
+            has_prev = state.get("prev_param" if self._same_batch else "prev_grad") is not None
+            counts[Count.HAS_PREV].fill_(float(has_prev))
         for key in self._state_keys(group):
             if state.get(key) is None:
-                state[key] = torch.zeros_like(p, dtype=self._state_dtype, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(p, dtype=self._options.state_dtype, memory_format=torch.preserve_format)
                 if key != "max_exp_avg_sq":  # the rule starts anew
-                    counts[Count.UPDATES] = 0.0
-        if self._master_weights and p.dtype in HALVES and state.get(MASTER) is None:
+                    counts[Count.UPDATES].zero_()
+        if self._options.master_weights and p.dtype in HALVES and state.get(MASTER) is None:
             state[MASTER] = p.detach().float()
         if not self._same_batch:
             state.pop("prev_param", None)
@@ -417,18 +289,18 @@ class FusedOptimizer(Optimizer):
             state.pop("prev_grad", None)
             self._kept.grads[i] = self._kept.versions[i] = None
             if not self._same_batch:
-                counts[Count.HAS_PREV] = 0.0
-        elif self._prev_grad == "swap":
+                counts[Count.HAS_PREV].zero_()
+        elif self._options.prev_grad == "swap":
             if isinstance(prev := state.get("prev_grad"), Tensor):
                 self._kept.grads[i], self._kept.versions[i] = prev, version(prev)
             state["prev_grad"] = None  # by the name, torch's tools find one in a flattened checkpoint
         else:
             prev = state.get("prev_grad")
-            half = self._prev_grad == "bfloat16"
+            half = self._options.prev_grad == "bfloat16"
             if prev is None:
                 dtype = torch.bfloat16 if half else (p if p.grad is None else p.grad).dtype
                 state["prev_grad"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                counts[Count.HAS_PREV] = 0.0
+                counts[Count.HAS_PREV].zero_()
             elif half or prev.dtype == torch.bfloat16:  # a checkpoint may have kept it in the other way
                 state["prev_grad"] = prev.to(torch.bfloat16 if half else p.dtype)
         self._counts[p] = counts
@@ -449,13 +321,13 @@ class FusedOptimizer(Optimizer):
         plain = self._rule == Rule.SGD and any(group["momentum"] == 0 for group in self.param_groups)
         return bool(self._measure & Measure.PREVIOUS) or (bool(self._measure & Measure.DIRECTION) and plain)
 
-    def _lacks_state(self, plan: _Plan) -> bool:
-        """Whether somebody has taken a state away that the rule needs."""
+    def _lacks_state(self, plan: Plan) -> bool:
+        """Whether a state that the rule needs was removed from ``optimizer.state``."""
         keys = [self._state_keys(group) for group in self.param_groups]
         awake = set(range(len(plan.params))) - set(plan.idle)
         return any(plan.states[i].get(key) is None for i in awake for key in keys[plan.group_of[i]])
 
-    def _awaken(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+    def _awaken(self, plan: Plan, grads: list[Tensor | None]) -> None:
         """Give parameters whose first gradient has arrived their state."""
         arrived = [i for i in plan.idle if grads[i] is not None]
         if arrived:
@@ -465,7 +337,7 @@ class FusedOptimizer(Optimizer):
             plan.idle = [i for i in plan.idle if grads[i] is None]
             plan.entries = list(self.state.values())
 
-    def _refuse(self, plan: _Plan, grads: list[Tensor | None]) -> None:
+    def _refuse(self, plan: Plan, grads: list[Tensor | None]) -> None:
         """Raise for a gradient that no kernel takes, before anything is changed."""
         name = type(self).__name__
         for p, grad in zip(plan.params, grads, strict=True):
@@ -501,10 +373,10 @@ class FusedOptimizer(Optimizer):
             ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
             RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
         """
-        loss, there = None, None
+        loss, probe = None, None
         if closure is not None:
             closure = torch.enable_grad()(closure)
-            there = self._gradients_at_last_point(closure) if self._same_batch else None
+            probe = self._gradients_at_last_point(closure) if self._same_batch else None
             loss = closure()
         plan = self._plan
         if self._is_capturing():
@@ -519,7 +391,7 @@ class FusedOptimizer(Optimizer):
         self._rehearsed = False
         check(closure is not None or not self._same_batch, "gala(mode='same_batch') needs step(closure)")
         self._refresh_hyper(plan)
-        if self._process_group is None and all(grad is None for grad in grads):
+        if self._options.process_group is None and all(grad is None for grad in grads):
             return loss  # nothing to do, and no step of the schedule
         if plan.idle:
             self._awaken(plan, grads)
@@ -527,45 +399,47 @@ class FusedOptimizer(Optimizer):
             self._refuse(plan, grads)
             plan = self._make_plan() if self._lacks_state(plan) else plan
         try:
-            self._launch(plan, grads, there)
+            self._launch(plan, grads, probe)
         except ValueError:
             self._refuse(plan, grads)
             if not self._lacks_state(plan):
                 raise
-            self._launch(self._make_plan(), grads, there)
+            self._launch(self._make_plan(), grads, probe)
         return loss
 
     def _is_capturing(self) -> bool:
         first = self.param_groups[0]["params"]
         return bool(first) and first[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _check_capture(self, plan: _Plan | None) -> None:
+    def _check_capture(self, plan: Plan | None) -> None:
         """Refuse to be captured in a graph where replaying it would not do what the steps would have done."""
-        why = self._controller.why_not_captured()
-        if not why and (plan is None or not plan.is_current(self)):
-            why = "its parameters or states have changed since the last one"
-        elif not why and plan is not None:
-            idle = set(plan.idle)
-            missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
-            late = [p for i, p in enumerate(plan.params) if p.grad is not None and i in idle]
-            if missing:
-                why = f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
-            elif late:
-                why = f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
-        if not why and self._prev_grad == "swap" and self._keeps_prev():
-            why = "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
-        if not why and self._same_batch:
-            why = "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
-        if not why and plan is not None and plan.several:
-            why = "its parameters are on several devices, and a graph has one; make one optimizer for each"
-        rates = [group["lr"] for group in self.param_groups]
-        if not why and any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
-            why = "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
-        if why:
+        if why := self._controller.why_not_captured() or self._why_not_captured(plan):
             raise RuntimeError(f"lrkernels: this step cannot be captured in a graph: {why}; {WARM_UP}")
         self._captured = True
 
-    def _rehearses(self, plan: _Plan, grads: list[Tensor | None]) -> bool:
+    def _why_not_captured(self, plan: Plan | None) -> str:
+        """Return what in the parameters or settings stands against a capture, or an empty string."""
+        if plan is None or not plan.is_current(self):
+            return "its parameters or states have changed since the last one"
+        idle = set(plan.idle)
+        missing = [p for i, p in enumerate(plan.params) if p.grad is None and i not in idle]
+        if missing:
+            return f"{len(missing)} parameters have no gradient, one of them of shape {tuple(missing[0].shape)}"
+        late = [plan.params[i] for i in plan.idle if plan.params[i].grad is not None]
+        if late:
+            return f"{len(late)} parameters have their first gradient, one of them of shape {tuple(late[0].shape)}"
+        if self._options.prev_grad == "swap" and self._keeps_prev():
+            return "prev_grad='swap' keeps a tensor that the graph writes again; use prev_grad='store'"
+        if self._same_batch:
+            return "gala(mode='same_batch') has the host evaluate the closure twice; use mode='consecutive'"
+        if plan.several:
+            return "its parameters are on several devices, and a graph has one; make one optimizer for each"
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type == "cpu" for rate in rates):
+            return "a rate is a tensor on the CPU; make it a float, or a tensor on the device"
+        return ""
+
+    def _rehearses(self, plan: Plan, grads: list[Tensor | None]) -> bool:
         """Make the states and no step of it, if all rates and gradients are 0 and nothing has been updated.
 
         So ``torch.distributed.checkpoint.state_dict`` has an optimizer make the tensors that it loads into.
@@ -583,7 +457,7 @@ class FusedOptimizer(Optimizer):
             self._awaken(plan, grads)
             for p in plan.params if self._same_batch else ():
                 self.state[p]["prev_param"] = p.clone()
-            if self._prev_grad == "swap" and self._keeps_prev():
+            if self._options.prev_grad == "swap" and self._keeps_prev():
                 self._keep_grads(plan, grads, False, None)
             self._rehearsed = True
         return zero
@@ -594,7 +468,7 @@ class FusedOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return gradients_at(points, closure, params) if points else {}
 
-    def _launch(self, plan: _Plan, grads: list[Tensor | None], there: Mapping[Tensor, Tensor] | None = None) -> None:
+    def _launch(self, plan: Plan, grads: list[Tensor | None], probe: Mapping[Tensor, Tensor] | None = None) -> None:
         controller, run = self._controller, self._run
         assert run is not None
         prev_read: Any = None
@@ -602,13 +476,13 @@ class FusedOptimizer(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if isinstance(found_inf, int | float):  # torch.amp.GradScaler's sum over no gradients at all
             found_inf = torch.full((1,), float(found_inf), device=controller.device)
-        if there is not None:
-            prev_read = [there.get(p) for p in plan.params]
+        if probe is not None:
+            prev_read = [probe.get(p) for p in plan.params]
             if plan.spread is not None:
                 prev_read = plan.spread.aligned(plan.params, prev_read)
             before = [(p, p.clone()) for p, grad in zip(plan.params, grads, strict=True) if grad is not None]
         elif self._keeps_prev():
-            if self._prev_grad == "swap":
+            if self._options.prev_grad == "swap":
                 prev_read = self._kept_grads(plan)
             else:
                 prev_write = (plan.states, "prev_grad")
@@ -635,7 +509,7 @@ class FusedOptimizer(Optimizer):
                 params,
                 grads,
                 *((states, key) if key else None for key in self._states),
-                (states, MASTER) if self._master_weights else None,
+                (states, MASTER) if self._options.master_weights else None,
                 prev_read,
                 prev_write,
                 plan.groups,
@@ -657,8 +531,8 @@ class FusedOptimizer(Optimizer):
             spread.step(call, here, controller, self._measure, self._two_pass, found_inf is not None)
             spread.raise_versions(plan.params, grads)
         controller.after_step()
-        may_skip = found_inf is not None or self._may_skip
-        if there is not None:
+        may_skip = found_inf is not None or self._options.skip_nonfinite
+        if probe is not None:
             skipped = controller.control[Control.SKIP] != 0
             for p, point in before:
                 old = self.state[p].get("prev_param") if may_skip else None
@@ -666,7 +540,7 @@ class FusedOptimizer(Optimizer):
         elif prev_read is not None:
             self._keep_grads(plan, grads, may_skip, grad_scale)
 
-    def _keep_grads(self, plan: _Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
+    def _keep_grads(self, plan: Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
         if grad_scale is not None or may_skip:
             skipped = self._controller.control[Control.SKIP] != 0
@@ -681,15 +555,15 @@ class FusedOptimizer(Optimizer):
         if None in versions:  # where there is no gradient now, the last one stays
             grads = [old if grad is None else grad for old, grad in zip(self._kept.grads, grads, strict=True)]
             versions = self._versions(plan, grads)
-        self._kept = _Kept(plan.params, grads, versions)
+        self._kept = Kept(plan.params, grads, versions)
 
-    def _versions(self, plan: _Plan, tensors: list[Tensor | None]) -> list[int | None]:
+    def _versions(self, plan: Plan, tensors: list[Tensor | None]) -> list[int | None]:
         """Return what rises in each when it is changed in place, be it in this process's part alone."""
         if plan.spread is None:
             return ops.versions(tensors)
         return [None if tensor is None else version(tensor) for tensor in tensors]
 
-    def _kept_grads(self, plan: _Plan) -> list[Tensor | None]:
+    def _kept_grads(self, plan: Plan) -> list[Tensor | None]:
         """Return the gradients kept by ``prev_grad="swap"``, unless one was changed in place since."""
         params, grads, versions = self._kept
         new = []
@@ -733,11 +607,21 @@ class FusedOptimizer(Optimizer):
         the length of the previous move), ``clip`` (the factor on the gradient), ``skipped`` (steps so far that an
         overflow skipped).
         """
-        return self._controller.stats(self._measure, self._clipping)
+        return self._controller.stats(self._measure, self._options.clipping)
+
+    @property
+    def open_loop(self) -> Callable[[int], float] | None:
+        """The open-loop part of ``schedule``, or None."""
+        return self._controller.open_loop
+
+    @property
+    def closed_loop(self) -> ClosedLoop | None:
+        """The closed-loop part of ``schedule``, or None."""
+        return self._controller.closed_loop
 
     def history(self) -> dict[str, NDArray[np.float64]]:
         """Return ``stats`` over the last ``history_size`` steps, oldest first, as arrays; one copy to the host."""
-        return self._controller.read_history(self._measure, self._clipping)
+        return self._controller.read_history(self._measure, self._options.clipping)
 
     def __repr__(self) -> str:
         """As in torch, without the control tensor."""
@@ -755,34 +639,11 @@ class FusedOptimizer(Optimizer):
         self._adopt_control()
         with self._hooks_aside(POST_SAVE):
             packed = super().state_dict()
-        flat = [p for group in self.param_groups for p in group["params"]]
-        state: dict[Any, dict[str, Any]] = {}
-        known: dict[Tensor, list[float]] = {}
-        kept = dict(zip(self._kept.params, self._kept.grads, strict=True))
-        for device in {row.device for row in self._counts.values()}:
-            there = {p: row for p, row in self._counts.items() if row.device == device}
-            known |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
-        for i, p in enumerate(flat):
-            counts = known.get(p, [1.0, 1.0])  # loaded, and no step since
-            started = counts[Count.UPDATES] != 0 or self._rehearsed
-            if p not in self.state or not (started or self._required == ()):
-                continue
-            left_out = ("prev_grad",) if started else ("prev_grad", *self._states)
-            entry = {key: value for key, value in self.state[p].items() if key not in left_out}
-            if "step" in entry:
-                entry["step"] = entry["step"].clone()
-            has_prev = counts[Count.HAS_PREV] != 0 or self._rehearsed
-            if has_prev and kept.get(p) is not None:
-                entry["prev_grad"] = kept[p]
-            elif has_prev and self.state[p].get("prev_grad") is not None:
-                entry["prev_grad"] = self.state[p]["prev_grad"]
-            if entry:
-                state[i] = entry
         for group in packed["param_groups"]:
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].clone()
         packed["param_groups"][0][CONTROL_KEY] = self._controller.control.clone()
-        return self._hooked(POST_SAVE, {**packed, "state": state})
+        return self._hooked(POST_SAVE, {**packed, "state": states_to_save(self)})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -805,18 +666,7 @@ class FusedOptimizer(Optimizer):
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
                 group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
-        for i, p in enumerate(flat):
-            for key, value in saved.get(i, {}).items():  # torch has rounded them to the parameter's dtype
-                if isinstance(value, Tensor) and key != "step":
-                    moment = key in self._states
-                    self.state[p][key] = value.to(p.device, (self._state_dtype or p.dtype) if moment else value.dtype)
-            for key, value in self.state.get(p, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    there = old_state.get(p, {}).get(key)
-                    if isinstance(there, Tensor) and there.dtype == value.dtype:
-                        self.state[p][key] = there.copy_(value)
-                    else:
-                        self.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        restore(self, flat, saved, old_state)
         self._begin_from(control)
         for hook in getattr(self, POST_LOAD).values():
             hook(self)
@@ -825,7 +675,7 @@ class FusedOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def _hooks_aside(self, *names: str) -> Iterator[None]:
-        """Without these hooks in torch's own part: they are for the whole."""
+        """Disable these hooks while torch's own method runs: they must see the whole checkpoint."""
         hooks = {name: getattr(self, name) for name in names}
         self.__dict__.update({name: OrderedDict() for name in names})
         try:
@@ -850,8 +700,8 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if "_kept" in state:  # a copy, not a checkpoint being loaded; copies of tensors count their versions from 0
             params, grads, _ = self._kept
-            self._kept = _Kept(params, grads, [None if grad is None else version(grad) for grad in grads])
+            self._kept = Kept(params, grads, [None if grad is None else version(grad) for grad in grads])
             self._run = self._lr = self._all_counts = None
-            self._rates, self._captured = [], False
+            self._rates, self._captured, self._outlived = [], False, []
         self._plan = self._seen = self._keys = None
         self._told = set()

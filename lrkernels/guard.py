@@ -296,12 +296,11 @@ class Guard:
     def _watch_rates(self, rates: NDArray[np.float64]) -> None:
         """Warn at the bounds of a closed loop, whose rate an open-loop schedule may multiply."""
         for watcher in (self.optimizer, *self.others):
-            holder = getattr(watcher, "_controller", watcher)
-            loop = getattr(holder, "closed_loop", getattr(holder, "_closed_loop", None))
+            loop = getattr(watcher, "closed_loop", None)
             if not isinstance(loop, ClosedLoop):
                 continue
             multipliers = np.ones(len(rates))
-            if open_loop := getattr(holder, "open_loop", getattr(holder, "_open_loop", None)):
+            if open_loop := getattr(watcher, "open_loop", None):
                 last = int(self.optimizer.stats["step"])  # type: ignore[attr-defined]
                 multipliers = np.array([open_loop(max(0, last - i)) for i in range(len(rates), 0, -1)])
             if not multipliers.all():
@@ -364,7 +363,7 @@ class Guard:
         stop = self.rollbacks == self.max_rollbacks
         if not stop:
             self.rollbacks += 1
-            loop = getattr(getattr(self.optimizer, "_controller", self.optimizer), "closed_loop", None)
+            loop = getattr(self.optimizer, "closed_loop", None)
             if isinstance(loop, AlignmentSchedule):
                 _unwind(good.optimizer, loop)
             good.optimizer = _scaled(good.optimizer, self.lr_factor)

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag, auto
 
-__all__ = ["STATS", "ClosedLoopKind", "Control", "Count", "Hyper", "Measure", "Rule", "Setting", "Sum", "Verb"]
+__all__ = [
+    "HYPERS",
+    "RING_AT",
+    "STATS",
+    "STATS_AT",
+    "SUMS_AT",
+    "ClosedLoopKind",
+    "Control",
+    "Count",
+    "Hyper",
+    "Measure",
+    "Rule",
+    "Setting",
+    "Sum",
+    "Verb",
+]
 
 #: The statistics of a step, in the order of a history row.
 STATS = (
@@ -32,36 +47,36 @@ class _Slots(IntEnum):
 class Sum(_Slots):
     """What MEASURE adds up, over all elements of all gradients."""
 
-    GRAD_SQ = auto()
-    GRAD_ABS = auto()
-    DOT_DIRECTION = auto()
-    DIRECTION_SQ = auto()
-    DOT_PREV = auto()
-    PREV_SQ = auto()
-    DIFF_SQ = auto()
-    MOVE_SQ = auto()
+    GRAD_SQ = auto()  # |g|^2
+    GRAD_ABS = auto()  # |g|_1
+    DOT_DIRECTION = auto()  # <g, d>, d the last update's direction
+    DIRECTION_SQ = auto()  # |d|^2
+    DOT_PREV = auto()  # <g, g'>, g' the previous gradient
+    PREV_SQ = auto()  # |g'|^2
+    DIFF_SQ = auto()  # |g - g'|^2
+    MOVE_SQ = auto()  # |x_{t+1} - x_t|^2, which APPLY adds up
 
 
 class Control(_Slots):
     """What a step leaves for the next; the statistics, the sums and volsched's signals follow the last slot."""
 
-    STEP = auto()
-    SKIPPED = auto()
-    ROWS = auto()
-    FACTOR = auto()
-    NEXT_FACTOR = auto()
-    LOG_FACTOR = auto()
-    NUMERATOR = auto()
-    DENOMINATOR = auto()
-    SMOOTHNESS = auto()
-    LAST_GRAD_SQ = auto()
-    LAST_MOVE_SQ = auto()
-    CLIP = auto()
-    LENGTH = auto()
-    SKIP = auto()
-    FIRST_LR = auto()
-    SIGNAL = auto()
-    SIGNALS = auto()
+    STEP = auto()  # completed updates: the schedule's position
+    SKIPPED = auto()  # skipped steps
+    ROWS = auto()  # rows written to the history
+    FACTOR = auto()  # the closed loop's factor on the rate, as this step applies it
+    NEXT_FACTOR = auto()  # and as decided from everything measured so far
+    LOG_FACTOR = auto()  # alignment: the running sum of the exponent
+    NUMERATOR = auto()  # gala: the sum of a_s
+    DENOMINATOR = auto()  # gala: the sum of b_s
+    SMOOTHNESS = auto()  # gala: the last L_s
+    LAST_GRAD_SQ = auto()  # |g|^2 of the last completed step
+    LAST_MOVE_SQ = auto()  # |x_{t+1} - x_t|^2 of the last completed step
+    CLIP = auto()  # this step's clip factor
+    LENGTH = auto()  # what this step's direction is divided by: its length, where it is normalised
+    SKIP = auto()  # this step changes nothing
+    FIRST_LR = auto()  # gala, volsched: the first group's rate before the first step, lr_0
+    SIGNAL = auto()  # volsched: the value observed for this step; NaN when there is none
+    SIGNALS = auto()  # volsched: how many values the ring has taken
 
 
 STATS_AT = len(Control)
@@ -116,7 +131,7 @@ class Hyper(IntEnum):
     AMSGRAD = 5
 
 
-HYPERS = 7
+HYPERS = len(Hyper)
 
 
 class Count(_Slots):

@@ -1,11 +1,12 @@
 """The operators: measure, decide, apply, and step, which is all three in one call.
 
-Their schemas are here, once. The eager implementation below is the reference and the fallback on every device; the
-native kernels serve the CPU when the binary is there. All of them work on the same arguments:
+Their schemas are here, once. The eager implementation below is the reference and the fallback on every device; the C++
+kernels (CPU, CUDA) and Triton do the same with the same arguments:
 
 ========================  =============================================================================================
 ``params, grads``         one entry per parameter; a missing gradient leaves its parameter alone
 ``state0, 1, 2``          momentum buffers (sgd), or the first, second and maximal second moments (adamw); or empty
+``master``                float32 copies that the update works on, None where there is none; or empty
 ``prev_read``             the previous gradients, or empty
 ``prev_write``            where to keep this gradient, and where the previous one is; or empty
 ``groups``                int32, on the CPU: the group of each parameter
@@ -41,12 +42,29 @@ try:
 
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
     _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
-    why_no_native = ""
+    _import_error = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None
-    why_no_native = f"{type(error).__name__}: {error}"
+    _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["EAGER", "NATIVE", "backend_for", "info", "run_eager", "run_native"]
+__all__ = [
+    "EAGER",
+    "LISTS",
+    "NATIVE",
+    "after_run",
+    "backend_for",
+    "check_backend_name",
+    "gradients",
+    "holds",
+    "info",
+    "is_eager",
+    "listed",
+    "run_copies",
+    "run_eager",
+    "run_native",
+    "same_layout",
+    "versions",
+]
 
 EAGER, NATIVE, TRITON = "eager", "native", "triton"
 OLDEST_TRITON = (3, 6)
@@ -253,28 +271,18 @@ class _Row:
 # Native
 
 
-def run_native(verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
+def run_native(*arguments: Any) -> None:
     """Run the verbs in the C++ kernels; a tensor whose layout differs from its parameter's goes through a copy."""
-    uneven, rows = _C.run(verbs, rule, measure, two_pass, params, *rest)
-    after_run(run_native, uneven, rows, verbs, rule, measure, two_pass, params, *rest)
+    after_run(run_native, *_C.run(*arguments), *arguments)
 
 
-def after_run(
-    runner: Callable[..., None],
-    uneven: list[int],
-    rows: int,
-    verbs: int,
-    rule: int,
-    measure: int,
-    two_pass: bool,
-    params: list[Tensor],
-    *rest: Any,
-) -> None:
+def after_run(runner: Callable[..., None], uneven: list[int], rows: int, *arguments: Any) -> None:
     """Do what a call of the kernels leaves to Python: the rows that need copies, and the versions of the others."""
+    verbs, _, _, _, params, grads, *_ = arguments
     if uneven:
-        run_copies(runner, uneven, verbs, rule, measure, two_pass, params, *rest)
+        run_copies(runner, uneven, *arguments)
     elif rows and verbs & Verb.APPLY:  # a backward pass that still needs the old values must find out
-        moved = params if rows == len(params) else [p for p, g in zip(params, rest[0], strict=True) if g is not None]
+        moved = params if rows == len(params) else [p for p, g in zip(params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
 
 
@@ -296,30 +304,22 @@ def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:
     return len(found) == len(values) and all(map(operator.is_, found, values))
 
 
-def run_copies(
-    runner: Callable[..., None],
-    uneven: list[int],
-    verbs: int,
-    rule: int,
-    measure: int,
-    two_pass: bool,
-    *arguments: Any,
-) -> None:
+def run_copies(runner: Callable[..., None], uneven: list[int], verbs: int, *arguments: Any) -> None:
     """Call the runner with copies of what has another layout than its parameter, in the ``uneven`` rows."""
-    columns: list[Any] = [*map(listed, arguments[:LISTS])]
-    others = arguments[LISTS:]
+    flags, lists, others = arguments[:3], arguments[3 : 3 + LISTS], arguments[3 + LISTS :]
+    columns: list[Any] = [*map(listed, lists)]
     copied: list[tuple[Tensor, Tensor]] = []
     for i in uneven:
-        param = torch.empty_like(arguments[0][i])  # dense, in the order of the parameter's strides
+        param = torch.empty_like(lists[0][i])  # dense, in the order of the parameter's strides
         for k, column in enumerate(columns):
-            if column is None or column[i] is None or (_same_layout(column[i], param) and not column[i].is_neg()):
+            if column is None or column[i] is None or (same_layout(column[i], param) and not column[i].is_neg()):
                 continue
             original = column[i]
             column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)
             column[i].copy_(original)
             if k not in READ_ONLY and verbs & Verb.APPLY:
                 copied.append((original, column[i]))
-    runner(verbs, rule, measure, two_pass, *columns, *others)  # of one layout now
+    runner(verbs, *flags, *columns, *others)  # of one layout now
     for original, copy in copied:
         original.copy_(copy)
 
@@ -331,7 +331,8 @@ def listed(column: Any) -> list[Any] | None:
     return list(column) if column else None
 
 
-def _same_layout(a: Tensor, b: Tensor) -> bool:
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal indices mean equal places: equal sizes, and equal strides where a stride means something."""
     return a.shape == b.shape and all(
         size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
@@ -387,7 +388,7 @@ for _verbs, _schema in SCHEMAS.items():
 
 
 def check_backend_name(wanted: str | None) -> None:
-    """Raise for a backend that nobody has heard of."""
+    """Raise for an unknown backend."""
     known = wanted in (None, EAGER, NATIVE, TRITON)
     check(known, f"backend must be None, 'native', 'triton' or 'eager', got {wanted!r}")
 
@@ -395,7 +396,7 @@ def check_backend_name(wanted: str | None) -> None:
 def why_not_native(device: torch.device) -> str:
     """Return why the binary does not serve ``device``, or an empty string."""
     if _C is None:
-        return why_no_native
+        return _import_error
     if device.type == "cpu":
         return ""
     codes = (_C.cuda_architectures() or "").split()
@@ -426,13 +427,13 @@ def why_no_triton(device: torch.device) -> str:
 
 
 def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]:
-    """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not there."""
+    """Return the runner that serves ``device``; ``wanted`` asks for one by name and raises when it is not available."""
     check_backend_name(wanted)
     reason = why_not_native(device)
     native = not reason
     if wanted == NATIVE and not native:
         raise RuntimeError(
-            f"lrkernels: backend='native' is not there for {device}: {reason}. "
+            f"lrkernels: backend='native' is not available for {device}: {reason}. "
             "Build it with `pip install -e . --no-build-isolation`, or use backend='eager'."
         )
     if native and wanted in (None, NATIVE):
@@ -449,7 +450,7 @@ def backend_for(device: torch.device, wanted: str | None) -> Callable[..., None]
             return TritonRunner(device)
         if wanted == TRITON:
             raise RuntimeError(
-                f"lrkernels: backend='triton' is not there for {device}: {reason}. "
+                f"lrkernels: backend='triton' is not available for {device}: {reason}. "
                 "Install it with `pip install 'triton>=3.6'`, or use backend=None or 'eager'."
             )
     return _eager_lists
@@ -460,7 +461,7 @@ def info() -> str:
     from . import __version__
 
     if _C is None:
-        native = f"not there ({why_no_native})"
+        native = f"not available ({_import_error})"
     else:
         native = f"C++ kernels, {_C.instruction_set()}, {torch.get_num_threads()} threads"
     architectures = None if _C is None else _C.cuda_architectures()
@@ -484,7 +485,7 @@ def _triton_line() -> str:
     devices = [torch.device(kind) for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()]
     reason = why_no_triton(devices[0] if devices else torch.device("cuda"))
     if reason:
-        return f"eager: Triton is not there ({reason})"
+        return f"eager: Triton is not available ({reason})"
     from . import triton_runner
 
     compiled = triton_runner.compile_seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 def _documented(kind: type[T]) -> type[T]:
-    """Let the docstring go on with the arguments and errors of FusedOptimizer's, for help() to show all of them."""
+    """Append FusedOptimizer's arguments and errors to the docstring, so that help() shows all of them."""
     shared = inspect.cleandoc(FusedOptimizer.__doc__ or "").partition("Args:\n")[2]
     kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n{shared}\n"
     return kind
@@ -41,7 +40,7 @@ class FusedSGD(FusedOptimizer):
         dampening: the gradient enters the buffer times 1 - dampening (default: 0).
         weight_decay: added to the gradient times the parameter (default: 0).
         nesterov: step along g + momentum * buffer (default: False).
-        maximize: climb (default: False).
+        maximize: ascend instead of descending (default: False).
         foreach, fused: accepted for torch's sake, without effect (default: None).
         differentiable: must be False.
         decoupled_weight_decay: shrink the parameter by lr * weight_decay instead (default: False).
@@ -125,14 +124,12 @@ class FusedSGD(FusedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("momentum", group["momentum"], 0.0)
-        dampening = group["dampening"]
-        finite = isinstance(dampening, numbers.Real) and math.isfinite(dampening)
-        check(finite, f"dampening must be finite, got {dampening!r}")
+        check_number("dampening", group["dampening"])
         check(
             not group["nesterov"] or (group["momentum"] > 0 and group["dampening"] == 0),
             "nesterov=True needs momentum > 0 and dampening = 0",
         )
-        if self._normalize:
+        if self._options.normalize:
             check(not group["nesterov"], "normalize=True goes along the momentum buffer, so nesterov must be False")
             check(
                 group["weight_decay"] == 0 or group["decoupled_weight_decay"],
@@ -146,7 +143,7 @@ class FusedSGD(FusedOptimizer):
     def _check_together(self, groups: list[dict[str, Any]]) -> None:
         pairs = {(group["momentum"], group["dampening"] if group["momentum"] else 0) for group in groups}
         check(
-            not self._normalize or len(pairs) == 1,
+            not self._options.normalize or len(pairs) == 1,
             f"normalize=True needs the same momentum and dampening in all groups, got {sorted(pairs)}",
         )
 
@@ -174,7 +171,7 @@ class FusedAdamW(FusedOptimizer):
         eps: added to the root of the second moment (default: 1e-8).
         weight_decay: shrinks the parameter by lr * weight_decay (default: 1e-2).
         amsgrad: divide by the largest second moment so far (default: False).
-        maximize: climb (default: False).
+        maximize: ascend instead of descending (default: False).
         foreach, capturable, fused: accepted for torch's sake, without effect.
         differentiable: must be False.
     """

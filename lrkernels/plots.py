@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import median_filter
+
+from .schedules import running_median
 
 __all__ = ["histories", "refined"]
 
@@ -105,8 +106,7 @@ def refined(
     """
     norms, schedule = np.asarray(norms, dtype=float), np.asarray(schedule, dtype=float)
     finite = norms[np.isfinite(norms)]
-    width = 2 * (int(smoothing * len(finite)) // 2) + 1
-    smooth = median_filter(np.pad(finite, (0, 2 * width), mode="reflect"), width, mode="nearest")[: len(finite)]
+    smooth, width = running_median(finite, smoothing)
     blue = LINES[1]["color"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.6))

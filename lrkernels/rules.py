@@ -26,9 +26,9 @@ float64 = torch.float64
 
 def cast(value: float | Tensor, like: Tensor) -> Tensor:
     """Return a coefficient in the dtype of ``like``, rounded once."""
-    if not isinstance(value, Tensor):  # made on the device: a copy from the host would be waited for
+    if not isinstance(value, Tensor):  # as_tensor() would copy it from the host, and wait for a GPU
         value = torch.full((), value, dtype=torch.float64, device=like.device)
-    return value.to(torch.float64).to(like.dtype)
+    return value.to(like.device, torch.float64).to(like.dtype)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -282,9 +282,9 @@ def volsched_factor(control: Tensor, settings: list[float], decay: Tensor, step:
 def begin(control: Tensor, found_inf: Tensor | None) -> None:
     """Start a step: the factor decided so far, no clip, and whether the gradient scaler wants it skipped."""
     control[Control.FACTOR] = control[Control.NEXT_FACTOR]
-    control[Control.CLIP] = 1.0
-    control[Control.LENGTH] = 1.0
-    control[Control.SKIP] = 0.0 if found_inf is None else (found_inf.reshape(()) != 0).double()
+    control[Control.CLIP].fill_(1.0)  # on a GPU, to assign a number would wait
+    control[Control.LENGTH].fill_(1.0)
+    control[Control.SKIP] = torch.zeros_like(control[0]) if found_inf is None else (found_inf.reshape(()) != 0).double()
 
 
 def decide(control: Tensor, settings: list[float], hyper: list[float], rule: int, two_pass: bool) -> None:
@@ -336,7 +336,7 @@ def finish(
     sums = control[SUMS_AT : SUMS_AT + len(Sum)]
     stats = control[STATS_AT : STATS_AT + len(STATS)]
     signal = control[Control.SIGNAL].clone()
-    control[Control.SIGNAL] = math.nan
+    control[Control.SIGNAL].fill_(math.nan)
     stats[STATS.index("clip")] = control[Control.CLIP]
     stats[STATS.index("lr")] = rate(lr0, multiplier, control, settings)
     skip = control[Control.SKIP] != 0

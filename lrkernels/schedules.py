@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeAlias, get_origin
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .checks import check
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
@@ -413,6 +413,15 @@ def table(step: int, values: Table) -> float:
     return values[min(step, len(values) - 1)]  # type: ignore[index, arg-type, return-value]
 
 
+def running_median(norms: NDArray, smoothing: float) -> tuple[NDArray, int]:
+    """Return the median around each norm, mirrored at the end and held at the start, and the width of its window."""
+    from scipy import ndimage  # takes long to import, and nothing else needs it
+
+    width = 2 * (int(smoothing * norms.size) // 2) + 1
+    padded = np.pad(norms, (0, width), mode="reflect")
+    return ndimage.median_filter(padded, width, mode="nearest")[: norms.size], width
+
+
 _CLAMP = 1e-6  # a norm below this fraction of the median counts as zero
 _USEFUL = 0.6  # share of the steps that the weights must amount to; published shapes come to 0.75 and more
 _POWERS = {"l2": 2, "l1": 1}
@@ -464,12 +473,7 @@ def refined(
     if norms.size == 1 or length == 1:
         return table(np.ones(length))
 
-    width = 2 * (int(smoothing * norms.size) // 2) + 1
-    padded = np.pad(norms, (0, width), mode="reflect")  # mirrored at the end, held at the start
-    from scipy import ndimage  # takes long to import, and nothing else needs it
-
-    smooth = ndimage.median_filter(padded, width, mode="nearest")[: norms.size]
-
+    smooth, width = running_median(norms, smoothing)
     unit = np.median(smooth[smooth > 0]) if smooth.any() else 1.0
     weights = np.maximum(smooth / unit, _CLAMP) ** -_POWERS[norm]
     shares = weights / weights.sum()

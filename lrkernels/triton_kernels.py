@@ -90,6 +90,7 @@ _Control, _Setting, _Hyper, _Count = map(_slots, (layout.Control, layout.Setting
 _Loop, _Rule, _Measure, _Verb = map(_slots, (layout.ClosedLoopKind, layout.Rule, layout.Measure, layout.Verb))
 _Field, _Dtype, _Counter = map(_slots, (Field, Dtype, Counter))
 _Sum = _slots(layout.Sum, layout.SUMS_AT)  # as in the control tensor, like _Stat
+_Slot = _slots(layout.Sum)  # as in the partial sums
 _Stat = _module("Stat", {name.upper(): layout.STATS_AT + i for i, name in enumerate(layout.STATS)})
 _Size = _module(
     "Size",
@@ -780,17 +781,17 @@ def run_chunk(
     uphill = (job.hyper[_Hyper.MAXIMIZE] != 0) & ((step.RULE == _Rule.ADAMW) | (job.hyper[_Hyper.MOMENTUM] != 0))
     sign = tl.where(uphill, -1.0, 1.0)
     if MEASURE != 0:
-        tl.store(partials + 0 * step.chunks, tl.sum(fast[0]) + tl.sum(slow[0]))
-        tl.store(partials + 1 * step.chunks, tl.sum(fast[1]) + tl.sum(slow[1]))
+        tl.store(partials + _Slot.GRAD_SQ * step.chunks, tl.sum(fast[0]) + tl.sum(slow[0]))
+        tl.store(partials + _Slot.GRAD_ABS * step.chunks, tl.sum(fast[1]) + tl.sum(slow[1]))
         if MEASURE & _Measure.DIRECTION != 0:
-            tl.store(partials + 2 * step.chunks, sign * (tl.sum(fast[2]) + tl.sum(slow[2])))
-            tl.store(partials + 3 * step.chunks, tl.sum(fast[3]) + tl.sum(slow[3]))
+            tl.store(partials + _Slot.DOT_DIRECTION * step.chunks, sign * (tl.sum(fast[2]) + tl.sum(slow[2])))
+            tl.store(partials + _Slot.DIRECTION_SQ * step.chunks, tl.sum(fast[3]) + tl.sum(slow[3]))
         if step.KEPT:
-            tl.store(partials + 4 * step.chunks, tl.sum(fast[4]) + tl.sum(slow[4]))
-            tl.store(partials + 5 * step.chunks, tl.sum(fast[5]) + tl.sum(slow[5]))
-            tl.store(partials + 6 * step.chunks, tl.sum(fast[6]) + tl.sum(slow[6]))
+            tl.store(partials + _Slot.DOT_PREV * step.chunks, tl.sum(fast[4]) + tl.sum(slow[4]))
+            tl.store(partials + _Slot.PREV_SQ * step.chunks, tl.sum(fast[5]) + tl.sum(slow[5]))
+            tl.store(partials + _Slot.DIFF_SQ * step.chunks, tl.sum(fast[6]) + tl.sum(slow[6]))
     if MOVE:
-        tl.store(partials + 7 * step.chunks, tl.sum(fast[7]) + tl.sum(slow[7]))
+        tl.store(partials + _Slot.MOVE_SQ * step.chunks, tl.sum(fast[7]) + tl.sum(slow[7]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -815,14 +816,14 @@ def take_sums(control, partials, chunks, skip, MEASURE: tl.constexpr, KEPT: tl.c
     dot_prev, prev_sq, diff_sq = nothing, nothing, nothing
     if (MEASURE != 0) & (skip == 0):
         grad_sq = add_up(partials, chunks)
-        grad_abs = add_up(partials + chunks, chunks)
+        grad_abs = add_up(partials + _Slot.GRAD_ABS * chunks, chunks)
         if MEASURE & _Measure.DIRECTION != 0:
-            dot_direction = add_up(partials + 2 * chunks, chunks)
-            direction_sq = add_up(partials + 3 * chunks, chunks)
+            dot_direction = add_up(partials + _Slot.DOT_DIRECTION * chunks, chunks)
+            direction_sq = add_up(partials + _Slot.DIRECTION_SQ * chunks, chunks)
         if KEPT:
-            dot_prev = add_up(partials + 4 * chunks, chunks)
-            prev_sq = add_up(partials + 5 * chunks, chunks)
-            diff_sq = add_up(partials + 6 * chunks, chunks)
+            dot_prev = add_up(partials + _Slot.DOT_PREV * chunks, chunks)
+            prev_sq = add_up(partials + _Slot.PREV_SQ * chunks, chunks)
+            diff_sq = add_up(partials + _Slot.DIFF_SQ * chunks, chunks)
     tl.store(control + _Sum.GRAD_SQ, grad_sq)
     tl.store(control + _Sum.GRAD_ABS, grad_abs)
     tl.store(control + _Sum.DOT_DIRECTION, dot_direction)
@@ -1003,7 +1004,7 @@ def work(step, MEASURE: tl.constexpr, VERBS: tl.constexpr, TWO_PASS: tl.constexp
             move_sq = tl.full((), 0.0, tl.float64)
             if skip_now == 0:
                 if MEASURE & _Measure.MOVE != 0:
-                    move_sq = add_up(step.partials + 7 * step.chunks, step.chunks)
+                    move_sq = add_up(step.partials + _Slot.MOVE_SQ * step.chunks, step.chunks)
                 advance(step.counts, step.rows, step.n_rows)
             tl.store(step.control + _Sum.MOVE_SQ, move_sq)
             tl.debug_barrier()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import check
 from .layout import HYPERS, RING_AT, STATS, Count, Hyper, Rule, Setting, Sum, Verb
+from .ops import LISTS, listed, run_copies, same_layout
 from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
 
 __all__ = ["TritonRunner", "why_not"]
@@ -57,12 +58,6 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and all(
-        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
 def _small(name: str, x: Any, dtype: torch.dtype, device: torch.device, rows: int, *shape: int) -> None:
     """Check one of the small tensors: ``rows`` or more of them, each of ``shape``."""
     what = f"{name} must be a contiguous {dtype} tensor on {device} with {rows} rows of {shape or 1}"
@@ -72,7 +67,7 @@ def _small(name: str, x: Any, dtype: torch.dtype, device: torch.device, rows: in
 
 
 class _Table:
-    """What the kernel is told of a step's tensors, and what its compiler is."""
+    """A step's tensors as rows of int64 for the kernel, and the constants that it is compiled for."""
 
     def __init__(self, rule: int, columns: list[Any], groups: Tensor, settings: Tensor, hyper: Tensor) -> None:
         states = columns[2:5]
@@ -173,7 +168,6 @@ class TritonRunner:
     def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, *arguments: Any) -> None:
         """Run the verbs, or raise and change nothing."""
         global compile_seconds
-        from .ops import LISTS, listed, run_copies  # which imports this module
 
         for name, column in zip(NAMES, arguments, strict=False):
             pair = isinstance(column, tuple) and len(column) == 2 and isinstance(column[0], list)
@@ -313,13 +307,13 @@ class TritonRunner:
             needed = k == 0 and told[Hyper.MOMENTUM] != 0
             if rule == Rule.ADAMW:
                 needed = k < 2 or told[Hyper.AMSGRAD] != 0
-            check(state is not None or not needed, f"the rule needs {NAMES[2 + k]}[{i}], which is not there")
+            check(state is not None or not needed, f"the rule needs {NAMES[2 + k]}[{i}], which is missing")
         kinds = {state.dtype for state in states if state is not None}
         check(len(kinds) < 2, f"the states of parameter {i} are of several dtypes")
         kinds = {x.dtype for x in row[6:] if x is not None}
         check(len(kinds) < 2, f"prev_read[{i}] and prev_write[{i}] are of different dtypes")
         check(master is None or master.dtype == torch.float32, f"master[{i}] is not float32")
-        return _is_dense(param) and all(x is None or _same_layout(x, param) for x in row)
+        return _is_dense(param) and all(x is None or same_layout(x, param) for x in row)
 
 
 def _seen(rule: int, columns: list[Any], small: Sequence[Any]) -> tuple[Any, Any]:

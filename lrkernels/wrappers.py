@@ -236,18 +236,18 @@ class Watcher(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse; nothing has been changed then.
+            ValueError: If a gradient is sparse; nothing has been changed then.
         """
-        loss, there = self._evaluate(closure)
+        loss, probe = self._evaluate(closure)
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for _, p in work):
-            raise RuntimeError("lrkernels: sparse gradients are not supported")
+        sparse = any(p.grad.is_sparse for _, p in work)
+        check(not sparse, f"{type(self).__name__} takes no sparse gradients; use sparse=False")
         if not work:
             return loss
         if self._rule is None:
             first = self.param_groups[0]
             self._rule = self._make_rule(float(first.get("initial_lr", first["lr"])))
-        sums = _dots(self._pairs(work, there))
+        sums = _dots(self._pairs(work, probe))
         factor, stats = self._decide(sums)
         past = self._past
         past.steps += 1
@@ -289,7 +289,7 @@ class Watcher(Optimizer):
     def _make_rule(self, lr_0: float) -> Rule: ...
 
     @abstractmethod
-    def _pairs(self, work: Work, there: dict[Tensor, Tensor]) -> Pairs:
+    def _pairs(self, work: Work, probe: dict[Tensor, Tensor]) -> Pairs:
         """Yield what MEASURE adds up, by the names of ``reference``; always ``gg``."""
 
     @abstractmethod
@@ -341,7 +341,8 @@ class Alignment(Watcher):
 
     The direction is what can be seen from outside, minus the last move over its rate: ``d = -(x[t] - x[t-1]) / lr``,
     with weight decay in it, and the rounding of ``x``. A move at rate 0 gives no signal. For SGD and AdamW use
-    ``FusedSGD`` and ``FusedAdamW`` with ``schedule=schedules.alignment()``: there the direction is exact, and free.
+    ``FusedSGD`` and ``FusedAdamW`` with ``schedule=schedules.alignment()``: there the direction is exact,
+    and read in the same pass.
 
     Args:
         optimizer: The optimizer to wrap. Its step takes no closure.
@@ -377,7 +378,7 @@ class Alignment(Watcher):
         s = self.closed_loop
         return AlignmentRule(1.0, s.kappa, s.bias, s.lag, s.freeze_after)
 
-    def _pairs(self, work: Work, there: dict[Tensor, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _pairs(self, work: Work, probe: dict[Tensor, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         for i, p in work:
             assert p.grad is not None
             yield "gg", p.grad, p.grad
@@ -455,19 +456,19 @@ class GALA(Watcher):
         if closure is None:
             raise ValueError("lrkernels: GALA(mode='same_batch') needs step(closure)")
         closure, points = torch.enable_grad()(closure), self._past.points
-        there = gradients_at(points, closure, self._params()) if points else {}
-        return closure(), there
+        probe = gradients_at(points, closure, self._params()) if points else {}
+        return closure(), probe
 
-    def _pairs(self, work: Work, there: dict[Tensor, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _pairs(self, work: Work, probe: dict[Tensor, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         for i, p in work:
             assert p.grad is not None
             yield "gg", p.grad, p.grad
             if p in self._past.points:
                 move = p.double() - self._past.points[p].double()
                 yield "move_sq", move, move
-            if p in there:
-                change = p.grad.double() - there[p].double()
-                yield "gh", p.grad, there[p]
+            if p in probe:
+                change = p.grad.double() - probe[p].double()
+                yield "gh", p.grad, probe[p]
                 yield "change_sq", change, change
             if not self._along_gradient and (pair := self._direction(i, p)):
                 g, d = pair

@@ -133,7 +133,7 @@ def test_works_without_the_binary():
     (cpu,) = [line for line in lines if line.startswith("cpu")]
     assert "eager" in cpu and "Error" in cpu
     assert "cuda    no C++ kernels in this build; see gpu" in lines  # Triton may serve it
-    assert lines[-1].startswith("lrkernels: backend='native' is not there") and "pip install" in lines[-1]
+    assert lines[-1].startswith("lrkernels: backend='native' is not available") and "pip install" in lines[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

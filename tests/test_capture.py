@@ -1,11 +1,18 @@
-"""A step in a graph, played without a GPU: a captured call is made again and again with the tensors it had then."""
+"""A step in a graph, played without a GPU: a captured call is made again and again with the tensors it had then.
+
+And what a step would wait for on a GPU.
+"""
 
 import copy
+import gc
+import traceback
+import weakref
 
 import pytest
 import torch
 from cases import CLOSED_LOOPS, OPTIMIZERS, SCHEDULES
 from conftest import assert_same_bits, fused, gradients, parameters, set_grads, states, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrkernels import FusedSGD, ops
 from lrkernels.control import CAPTURED_TABLE, Controller
@@ -162,6 +169,26 @@ def test_on_cuda_a_schedule_is_tabulated_ahead(schedule, steps, monkeypatch):
     assert controller.table[-1] == schedule(steps - 1)
 
 
+@pytest.mark.parametrize("change", ["group", "table"])
+def test_what_a_graph_reads_outlives_a_change(change, monkeypatch):
+    """A replay must not write to memory that is somebody else's by now."""
+    optimizer, _ = warmed_up(FusedSGD, {"lr": 0.5, "momentum": 0.9}, schedule=SCHEDULES["inverse_sqrt"])
+    graph = Graph(optimizer, monkeypatch)
+    graph.calls.clear()  # they would keep it
+    controller = optimizer._controller
+    read = [weakref.ref(tensor) for tensor in (optimizer._lr, optimizer._all_counts, controller.table)]
+    if change == "group":
+        optimizer.add_param_group({"params": parameters([(3,)]), "lr": 0.1})
+    else:
+        controller._steps = len(controller.table)
+    optimizer.step()
+    now = (optimizer._lr, optimizer._all_counts, controller.table)
+    replaced = [tensor is not before() for tensor, before in zip(now, read, strict=True)]
+    assert replaced == {"group": [True, True, False], "table": [False, False, True]}[change]
+    gc.collect()
+    assert all(tensor() is not None for tensor in read)
+
+
 def test_rates_change_in_place():
     """A graph reads them where they were."""
     optimizer, _ = warmed_up(FusedSGD, {"lr": 0.5})
@@ -169,3 +196,78 @@ def test_rates_change_in_place():
     optimizer.param_groups[0]["lr"] = 0.25
     optimizer.step()
     assert optimizer._lr is where and where.tolist() == [0.25]
+
+
+class Numbers(TorchDispatchMode):
+    """Notes where a number on its way into a tensor is a tensor of the host's first, as in ``tensor[0] = 1.0``.
+
+    On a GPU that is a copy that is waited for, where ``fill_`` is a launch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default and result.dim() == 0:
+            self.found.append("".join(traceback.format_stack(limit=4)))
+        return result
+
+
+WATCHED = [
+    {"schedule": SCHEDULES["cosine"], "max_grad_norm": 1.0},
+    *({"schedule": CLOSED_LOOPS[name]} for name in ("alignment-lag0", "alignment-lag1", "gala", "volsched")),
+    *({"track": ("alignment",), "prev_grad": how, "skip_nonfinite": True} for how in ("store", "swap", "bfloat16")),
+]
+
+
+@pytest.mark.parametrize(
+    "put, noticed",
+    [
+        (lambda x: x.__setitem__(1, 0.5), 1),
+        (lambda x: x.copy_(torch.as_tensor(0.5)), 1),
+        (lambda x: x[1].fill_(0.5), 0),
+        (lambda x: x.copy_(torch.full((), 0.5)), 0),
+        (lambda x: x[1].copy_(x[2]), 0),
+    ],
+    ids=["assigned", "as_tensor", "filled", "full", "copied"],
+)
+def test_a_number_put_into_a_tensor_is_noticed(put, noticed):
+    tensor = torch.zeros(3)
+    with Numbers() as numbers:
+        put(tensor)
+    assert len(numbers.found) == noticed
+
+
+@pytest.mark.parametrize("more", WATCHED, ids=str)
+@pytest.mark.parametrize("kind, options", OPTIMIZERS)
+@pytest.mark.parametrize("backend", [ops.NATIVE, ops.EAGER])
+def test_no_number_goes_into_a_tensor_by_way_of_the_host(backend, kind, options, more):
+    params = parameters(SHAPES)
+    optimizer = fused(kind, params, {**options, **more}, backend=backend)
+    with Numbers() as numbers:
+        for step, row in enumerate(gradients(SHAPES, 4)):
+            set_grads(params, row)
+            optimizer.param_groups[0]["lr"] = 0.05 * (step + 1)
+            optimizer.observe(0.5)
+            optimizer.step()
+    assert not numbers.found, numbers.found[0]
+
+
+class Far(torch.Tensor):
+    """As a rate on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+    def __format__(self, spec=""):
+        pytest.fail("what is on another device was looked at")
+
+    __float__ = __format__
+
+
+def test_a_rate_on_a_device_is_not_looked_at():
+    rate = torch.tensor(0.1).as_subclass(Far)
+    FusedSGD(parameters(SHAPES), lr=rate)
+    with pytest.raises(BaseException, match="looked at"):
+        f"{rate}"

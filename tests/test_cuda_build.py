@@ -107,6 +107,8 @@ def test_accesses_are_16_bytes_wide(architecture):
     for name, body in bodies.items():
         loads, stores = (re.findall(rf"\b{op}\.E\S*\.128\S* ", body) for op in ("LDG", "STG"))
         assert len(loads) >= 3 and len(stores) >= 2, (kernel(name), len(loads), len(stores))
+        assert not re.search(r"\bLDG\S*\.CONSTANT", body), f"{kernel(name)}: by a cache that no block's store reaches"
+        assert "CCTL.IVALL" in body, f"{kernel(name)}: after a fence, old lines are in the cache still"
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")

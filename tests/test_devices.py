@@ -380,7 +380,7 @@ def test_devices_of_different_kinds_are_refused():
 def test_several_devices_and_processes_are_refused(two, monkeypatch):
     params = parameters(SHAPES)
     optimizer = FusedSGD(params, lr=0.1)
-    monkeypatch.setattr("lrkernels.fused.spread_of", lambda params, group, measure: object())
+    monkeypatch.setattr("lrkernels.plan.spread_of", lambda params, group, measure: object())
     set_grads(params, gradients(SHAPES, 1)[0])
     with pytest.raises(ValueError, match=r"^lrkernels: .* \(cpu, cpu:1\) and spread over processes: make one"):
         optimizer.step()

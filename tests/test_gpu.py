@@ -299,25 +299,37 @@ def test_one_launch_a_step(kind, more):
     assert len(kernels(kind(params, lr=0.1, **more), params)) == 1
 
 
-@pytest.mark.parametrize("name", [None, *CLOSED_LOOPS])
-@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
-@pytest.mark.filterwarnings("ignore:.*no signal")
-def test_no_step_waits(kind, name):
-    params = cuda_parameters(SHAPES)
-    schedule = CLOSED_LOOPS[name] if name else SCHEDULES["cosine"]
-    optimizer = kind(params, lr=0.05, schedule=schedule, max_grad_norm=1.0, track=("grad_norm", "direction"))
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+def assert_four_steps_wait_for_nothing(optimizer, params, between=lambda: None):
     set_grads(params, [torch.ones_like(p) for p in params])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
             optimizer.observe(0.5)
             optimizer.step()
-            scheduler.step()
+            between()
             assert optimizer.stats["grad_norm"].is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.stats["step"] == 4
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("name", [None, *CLOSED_LOOPS])
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+@pytest.mark.filterwarnings("ignore:.*no signal")
+def test_no_step_waits(kind, name, backend):
+    params = cuda_parameters(SHAPES)
+    more = {"schedule": CLOSED_LOOPS[name] if name else SCHEDULES["cosine"], "track": ("grad_norm", "direction")}
+    optimizer = kind(params, lr=0.05, max_grad_norm=1.0, backend=backend, **more)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    assert_four_steps_wait_for_nothing(optimizer, params, scheduler.step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_step_waits_for_a_rate(device):
+    params, rate = cuda_parameters(SHAPES), torch.tensor(0.05, device=device)
+    optimizer = FusedSGD(params, lr=rate, momentum=0.9, nesterov=True, track="grad_norm")
+    assert_four_steps_wait_for_nothing(optimizer, params, lambda: rate.mul_(0.5))
 
 
 def test_same_bits_every_time():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def test_every_row_is_measured_against_every_baseline(benchmarks, monkeypatch, c
         assert set(row["baselines"]) == set(wanted.baselines)
         for name, figures in row["baselines"].items():
             if name == "ours:triton":  # not on a CPU
-                assert "backend='triton' is not there" in figures["error"]
+                assert "backend='triton' is not available" in figures["error"]
             else:
                 assert figures["ratio"] > 0
     gpu.show(found)
@@ -194,6 +195,20 @@ def test_stages_end_and_are_logged(benchmarks, tmp_path, code, seconds, status, 
     assert stage.seconds < 30 and "== stage" in (tmp_path / "log").read_text()
 
 
+def test_a_stage_that_takes_too_long_ends_with_its_children(benchmarks, tmp_path):
+    """compute-sanitizer runs Python as one: it would go on beside what is measured next."""
+    _, check = benchmarks
+    stage = check.Stage("stage", ["sh", "-c", 'sleep 60 & echo "child $!"; wait'])
+    (tmp_path / "log").write_text("")
+    check.run(stage, 1.0, tmp_path / "log")
+    stat = Path("/proc", re.search(r"child (\d+)", (tmp_path / "log").read_text())[1], "stat")
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().split()[2] != "Z":  # ended, though nobody may have asked how
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
+    assert stage.status == 124
+
+
 def test_the_stages_fit_into_eight_minutes(benchmarks, tmp_path):
     _, check = benchmarks
     assert check.TOTAL < 480
@@ -203,16 +218,6 @@ def test_the_stages_fit_into_eight_minutes(benchmarks, tmp_path):
     (tests,) = [stage for stage, _ in check.stages(tmp_path) if stage.name == "tests"]
     assert "tests/test_gpu.py" in tests.command
     compile(check.SANITIZED, "sanitized", "exec")
-
-
-def test_a_stage_is_ended_with_all_that_it_has_started(benchmarks, tmp_path):
-    _, check = benchmarks
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    stage = check.Stage("stage", [sys.executable, "-c", code])
-    check.run(stage, 1.0, tmp_path / "log")
-    time.sleep(3)
-    assert stage.status == 124 and not (tmp_path / "late").exists()
 
 
 TESTS = """

@@ -939,8 +939,8 @@ def test_a_signal_outlives_a_refused_step(backend):
 
 BAD = [
     (FusedSGD, {"max_grad_norm": "1"}, "max_grad_norm must be > 0 or None, got '1'"),
-    (FusedSGD, {"history_size": 2.5}, "history_size must be >= 1 or None, got 2.5"),
-    (FusedSGD, {"history_size": "3"}, "history_size must be >= 1 or None, got '3'"),
+    (FusedSGD, {"history_size": 2.5}, "history_size must be a whole number, at least 1, got 2.5"),
+    (FusedSGD, {"history_size": "3"}, "history_size must be a whole number, at least 1, got '3'"),
     (FusedSGD, {"track": None}, "track takes names of"),
     (FusedSGD, {"master_weights": "no"}, "master_weights must be True or False, got 'no'"),
     (FusedSGD, {"stochastic_rounding": None}, "stochastic_rounding must be True or False"),

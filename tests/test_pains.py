@@ -44,7 +44,7 @@ native_only = pytest.mark.skipif(ops.NATIVE not in BACKENDS, reason="the binary 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.5], ids=["plain", "momentum"])
 def test_bfloat16_parameters_move_in_every_simd_block(momentum, dtype, backend):
-    """1: torch's fused CPU SGD left whole SIMD blocks of 16-bit parameters where they were."""
+    """Torch's fused CPU SGD left whole SIMD blocks of 16-bit parameters where they were."""
     params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size in [*range(140), 255, 256, 257]]
     grads = [torch.ones_like(p) for p in params]
     train(FusedSGD(params, 0.5, momentum=momentum, backend=backend), params, [grads] * 3)
@@ -103,7 +103,7 @@ SCALED = {
 @pytest.mark.parametrize("more", SCALED.values(), ids=SCALED)
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_an_overflow_poisons_nothing_and_consumes_nothing(kind, options, more, overflow_at, unscale, backend):
-    """2, 7, 26: an overflow on the first step poisoned momentum; it went unseen after unscale_; schedules advanced."""
+    """An overflow on the first step poisoned momentum; it went unseen after unscale_; schedules advanced."""
     run = Scaled(lambda params: fused(kind, params, options, backend=backend, **more), overflow_at, unscale)
     assert run.skips == [(step, True) for step in sorted(overflow_at)]
     assert run.optimizer.stats["skipped"] == len(overflow_at)
@@ -121,7 +121,7 @@ def test_an_overflow_poisons_nothing_and_consumes_nothing(kind, options, more, o
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_a_parameter_whose_first_gradient_comes_late(kind, options, backend):
-    """3: torch's fused SGD crashed on it; apex's let the last parameter decide for all whether this is the start."""
+    """Torch's fused SGD crashed on it; apex's let the last parameter decide for all whether this is the start."""
     present = [range(8), range(3, 8), range(5, 8)]
     grads = [
         [g if step in steps else None for g, steps in zip(row, present, strict=True)]
@@ -146,7 +146,7 @@ STRIDES = [
 @pytest.mark.parametrize(("shape", "layout", "grad_layout"), STRIDES)
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_memory_layouts_do_not_mix_elements_up(kind, options, shape, layout, grad_layout, backend):
-    """4, 12: kernels that walk storage paired the wrong elements, wrote into gaps, or rebound the parameter's data."""
+    """Kernels that walk storage paired the wrong elements, wrote into gaps, or rebound the parameter's data."""
     [p], [twin] = parameters([shape], layout=layout), parameters([shape])
     place, strides, storage = p.data_ptr(), p.stride(), torch.empty(0).set_(p.untyped_storage())
     gaps = int((storage == 7.0).sum())
@@ -162,7 +162,7 @@ def test_memory_layouts_do_not_mix_elements_up(kind, options, shape, layout, gra
 )
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_an_empty_tensor_does_not_stop_the_others(kind, options, sizes, backend):
-    """5: a tensor without elements, in the last place, made other libraries skip the launch for all."""
+    """A tensor without elements, in the last place, made other libraries skip the launch for all."""
     shapes = [(size,) for size in sizes]
     params, twins = parameters(shapes), parameters(shapes)
     groups = params or [{"params": []}]
@@ -180,7 +180,7 @@ def test_an_empty_tensor_does_not_stop_the_others(kind, options, sizes, backend)
 @pytest.mark.parametrize("foreach", [False, True], ids=["for-loop", "foreach"])
 @pytest.mark.parametrize("name", ["momentum", "nesterov", "dampening", "momentum-weight_decay", "weight_decay"])
 def test_hundreds_of_steps_do_not_drift_apart_from_torch_s(name, foreach, backend):
-    """6: apex's FusedSGD left torch's path after fifty steps; another's buffer was zeroed at each."""
+    """Apex's FusedSGD left torch's path after fifty steps; another's buffer was zeroed at each."""
     params, twins = parameters(SHAPES), parameters(SHAPES)
     options = {"lr": LR} | SGD_OPTIONS[name]
     optimizer = fused(FusedSGD, params, options, backend=backend)
@@ -193,7 +193,7 @@ def test_hundreds_of_steps_do_not_drift_apart_from_torch_s(name, foreach, backen
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_zero_grad_keeps_the_gradient_s_memory_when_asked_to(kind, options, backend):
-    """8: TransformerEngine's zero_grad(set_to_none=False) let the buffers go all the same."""
+    """TransformerEngine's zero_grad(set_to_none=False) let the buffers go all the same."""
     params = parameters(SHAPES)
     [grads] = gradients(SHAPES, 1)
     optimizer = train(fused(kind, params, options, backend=backend), params, [grads])
@@ -218,7 +218,7 @@ def free_bytes():
 @pytest.mark.slow
 @pytest.mark.skipif(free_bytes() < 12e9, reason="needs 12 GB")
 def test_more_elements_than_a_32_bit_integer_counts():
-    """9: index arithmetic in 32 bits crashed, or trained nothing, beyond 2^31 elements, library by library."""
+    """Index arithmetic in 32 bits crashed, or trained nothing, beyond 2^31 elements, library by library."""
     size, boundary = 2**31 + 12345, 2**31
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -247,7 +247,7 @@ def test_more_elements_than_a_32_bit_integer_counts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_float32_gradients_of_16_bit_parameters_make_no_hidden_copies(kind, options, dtype, backend):
-    """13: mixed dtypes were refused, or answered with master weights that nobody asked for."""
+    """Mixed dtypes were refused, or answered with master weights that nobody asked for."""
     params, twins = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     optimizer = fused(kind, params, options, backend=backend)
     grads = gradients(SHAPES, 5)
@@ -265,7 +265,7 @@ def test_float32_gradients_of_16_bit_parameters_make_no_hidden_copies(kind, opti
 @native_only
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_a_group_for_every_tensor_is_still_one_call(kind, monkeypatch):
-    """18: one group per tensor (465 of them, 28 distinct settings) split the launch and cost a quarter of the step."""
+    """One group per tensor (465 of them, 28 distinct settings) split the launch and cost a quarter of the step."""
     shapes = [(3 + i,) for i in range(60)]
     params, twins = parameters(shapes), parameters(shapes)
     settings = [{"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.02, "weight_decay": 0.1}]
@@ -284,7 +284,7 @@ def test_a_group_for_every_tensor_is_still_one_call(kind, monkeypatch):
 @native_only
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_a_step_needs_no_memory_beside_what_it_keeps(kind):
-    """21: foreach steps allocate temporaries of the size of all parameters, and 7B models run out of memory."""
+    """Foreach steps allocate temporaries of the size of all parameters, and 7B models run out of memory."""
     shapes = [(256, 256)] * 8 + [(1 << 17,)]
     params = parameters(shapes)
     options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1} if kind is FusedSGD else {"amsgrad": True}
@@ -317,7 +317,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("more", SCALED.values(), ids=SCALED)
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_watching_training_waits_for_nothing(kind, more):
-    """17, 36: logging norms cost an .item() for every tensor and step; here they are by-products, read when asked."""
+    """Logging norms cost an .item() for every tensor and step; here they are by-products, read when asked."""
     params = parameters(SHAPES)
     optimizer = kind(params, torch.tensor(LR), **({"track": ("grad_norm", "direction")} | more))
     for grads in gradients(SHAPES, 2):  # the first steps make states and tables
@@ -338,7 +338,7 @@ def test_watching_training_waits_for_nothing(kind, more):
 
 
 def test_the_history_is_the_norm_that_a_user_would_compute(backend):
-    """36: norms for the log cost a pass of their own, and a wait for each tensor."""
+    """Norms for the log cost a pass of their own, and a wait for each tensor."""
     params = parameters(SHAPES)
     optimizer = FusedSGD(params, LR, track="grad_norm", history_size=5, backend=backend)
     grads = gradients(SHAPES, 9)
@@ -348,7 +348,7 @@ def test_the_history_is_the_norm_that_a_user_would_compute(backend):
 
 
 def test_the_norm_is_a_tensor_whatever_became_of_the_step(backend):
-    """30: on the path of a skipped step the norm was None, or undefined, and the logger crashed."""
+    """On the path of a skipped step the norm was None, or undefined, and the logger crashed."""
     params = parameters(SHAPES)
     optimizer = FusedSGD(params, LR, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
     good = gradients(SHAPES, 1)[0]
@@ -365,7 +365,7 @@ def test_the_norm_is_a_tensor_whatever_became_of_the_step(backend):
 
 
 def test_steps_with_fresh_tensors_leave_nothing_behind():
-    """16: a table cached by the id of its tensors grew with each step, since every step brings other wrappers."""
+    """A table cached by the id of its tensors grew with each step, since every step brings other wrappers."""
     params = parameters(SHAPES)
     optimizer = FusedSGD(params, LR, momentum=0.9, track="alignment", prev_grad="swap", history_size=8)
     grads = gradients(SHAPES, 1)[0]
@@ -386,7 +386,7 @@ def test_steps_with_fresh_tensors_leave_nothing_behind():
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_no_hyper_parameter_is_frozen_at_the_first_step(kind, backend):
-    """22: rate, decay and step were baked into captured steps, and training went on with the first ones."""
+    """Rate, decay and step were baked into captured steps, and training went on with the first ones."""
     rows = {
         FusedSGD: [{"lr": 0.2}, {"momentum": 0.5}, {"weight_decay": 0.3}, {"dampening": 0.2}, {"maximize": True}],
         FusedAdamW: [{"lr": 0.2}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.3}, {"eps": 0.5}, {"maximize": True}],
@@ -404,7 +404,7 @@ def test_no_hyper_parameter_is_frozen_at_the_first_step(kind, backend):
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
 def test_a_changing_rate_does_not_compile_anew(as_tensor, backend):
-    """23: under torch.compile a float rate that changes compiled the step again each time."""
+    """Under torch.compile a float rate that changes compiled the step again each time."""
     params, twins = parameters(SHAPES), parameters(SHAPES)
     lr = torch.tensor(LR) if as_tensor else LR
     optimizer = FusedSGD(params, lr, momentum=0.9, schedule=schedules.linear(20), backend=backend)
@@ -436,7 +436,7 @@ def test_a_changing_rate_does_not_compile_anew(as_tensor, backend):
 
 
 def test_a_rate_in_a_tensor_stays_the_same_tensor(backend):
-    """24: loading put another tensor in its place, and state_dict handed out the live one."""
+    """Loading put another tensor in its place, and state_dict handed out the live one."""
     params, lr = parameters(SHAPES), torch.tensor(LR)
     optimizer = FusedSGD(params, lr, backend=backend)
     saved = optimizer.state_dict()
@@ -451,7 +451,7 @@ def test_a_rate_in_a_tensor_stays_the_same_tensor(backend):
 
 
 def test_the_user_can_tell_whether_the_step_happened(backend):
-    """26: behind a scaler nobody knew whether the step was skipped, and so whether to advance the schedule."""
+    """Behind a scaler nobody knew whether the step was skipped, and so whether to advance the schedule."""
     run = Scaled(lambda params: FusedSGD(params, LR, schedule=schedules.linear(6), backend=backend), [1, 1, 3])
     assert run.optimizer.history()["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert run.optimizer.history()["skipped"].tolist() == [0, 2, 2, 3, 3, 3]
@@ -460,7 +460,7 @@ def test_the_user_can_tell_whether_the_step_happened(backend):
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
 def test_a_sequence_of_schedulers_reads_the_same_from_a_tensor(as_tensor, backend):
-    """27: SequentialLR took a rate in a tensor for its own initial rate, and ran away."""
+    """SequentialLR took a rate in a tensor for its own initial rate, and ran away."""
     params, twins = parameters(SHAPES), parameters(SHAPES)
     lr = torch.tensor(LR, dtype=torch.float64) if as_tensor else LR
     optimizer, loop = FusedSGD(params, lr, backend=backend), torch.optim.SGD(twins, LR, foreach=False)
@@ -480,7 +480,7 @@ def test_a_sequence_of_schedulers_reads_the_same_from_a_tensor(as_tensor, backen
 
 @pytest.mark.parametrize("at", [0, 1, 5, 6, 7, 11])
 def test_a_joined_schedule_resumes_anywhere_by_one_integer(at):
-    """27: resuming SequentialLR in mid-way gave other rates than going through."""
+    """Resuming SequentialLR in mid-way gave other rates than going through."""
     schedule = schedules.join([schedules.linear(6, warmup_steps=2), schedules.cosine(10)], [6])
     params = parameters(SHAPES)
     first = train(FusedSGD(params, LR, schedule=schedule), params, gradients(SHAPES, at))
@@ -492,7 +492,7 @@ def test_a_joined_schedule_resumes_anywhere_by_one_integer(at):
 
 
 def test_accumulation_does_not_advance_the_schedule(backend):
-    """28: schedulers advanced once for each micro-batch or process; here a step is an update."""
+    """Schedulers advanced once for each micro-batch or process; here a step is an update."""
     [p], [x] = parameters([(5,)]), random_tensors([(5,)], seed=4)
     optimizer = FusedSGD([p], LR, schedule=schedules.linear(10), backend=backend)
     for _ in range(6):
@@ -507,7 +507,7 @@ def test_accumulation_does_not_advance_the_schedule(backend):
 @pytest.mark.parametrize("loop", ["alignment-lag1", "gala", "volsched"])
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_a_learnt_rate_goes_on_after_a_resume_in_groups_of_any_rates(kind, options, loop, backend):
-    """20, 33: others refuse groups of different rates, or keep what was learnt in one, and resume at the first rate."""
+    """Others refuse groups of different rates, or keep what was learnt in one, and resume at the first rate."""
 
     def make():
         params = parameters(SHAPES)
@@ -722,7 +722,7 @@ REFUSED_ARGUMENTS = [
     (FusedAdamW, {"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
     (FusedSGD, {"max_grad_norm": 0.0}, "max_grad_norm must be > 0 or None, got 0"),
     (FusedSGD, {"max_grad_norm": nan}, "max_grad_norm must be > 0 or None, got nan"),
-    (FusedSGD, {"history_size": 0}, "history_size must be >= 1 or None, got 0"),
+    (FusedSGD, {"history_size": 0}, "history_size must be a whole number, at least 1, got 0"),
     (FusedSGD, {"track": "loss"}, r"track takes names of .*'alignment'.*, got \['loss'\]"),
     (FusedAdamW, {"track": ["grad_norm", "x"]}, r"track takes names of .*, got \['x'\]"),
     (FusedSGD, {"prev_grad": "keep"}, r"prev_grad must be one of \('store', 'swap', 'bfloat16'\), got 'keep'"),
@@ -797,7 +797,7 @@ except RuntimeError as error:
 
 
 def test_without_the_binary_everything_works_and_info_says_why(tmp_path):
-    """38: no compiler, or another torch's, and the import failed; or an older path ran without a word."""
+    """No compiler, or another torch's, and the import failed; or an older path ran without a word."""
     path = tmp_path / "steps.pt"
     tests = os.path.dirname(os.path.abspath(__file__))
     code = CHILD.format(tests=tests, path=str(path))
@@ -805,10 +805,10 @@ def test_without_the_binary_everything_works_and_info_says_why(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=os.path.dirname(tests)
     )
     assert child.returncode == 0, child.stderr
-    assert "cpu     eager: not there (ModuleNotFoundError: " in child.stdout or (
-        "cpu     eager: not there (ImportError: " in child.stdout
+    assert "cpu     eager: not available (ModuleNotFoundError: " in child.stdout or (
+        "cpu     eager: not available (ImportError: " in child.stdout
     ), child.stdout
-    assert "lrkernels: backend='native' is not there for cpu: " in child.stdout
+    assert "lrkernels: backend='native' is not available for cpu: " in child.stdout
     assert "pip install" in child.stdout
     assert_same_bits(torch.load(path, weights_only=True), few_steps())
     if ops.NATIVE in BACKENDS:

@@ -39,7 +39,7 @@ namespace lrk::cpu {
 namespace {
 
 constexpr int kTile = 1024;             // elements: seven tiles of float stay in a first-level cache of 32 KiB
-constexpr int64_t kChunk = 64 * kTile;  // elements: what is summed apart, so that the sums do not hang on the threads
+constexpr int64_t kChunk = 64 * kTile;  // elements: the unit of summation, so that sums do not depend on the threads
 constexpr int64_t kBatch = 4;           // chunks: what one thread takes at a time, where there are enough for all
 constexpr int64_t kGrain = 1 << 15;     // elements: under this, one thread does it all
 constexpr int64_t kAhead = 4;           // chunks
@@ -85,7 +85,7 @@ struct Chunk {
   int64_t begin, end;
 };
 
-// Has the beginning of a row on its way, which of a small one is all: small rows lie all over the memory.
+// Prefetches the beginning of a row, which is all of a small one: small rows are scattered over memory.
 void fetch(const Row& row, bool applying) {
   const void* const tensors[] = {row.grad, row.states[0], applying ? row.param : nullptr};
   for (const void* memory : tensors)
@@ -162,25 +162,23 @@ const char* instruction_set() {
   return has_x86_64_v3() ? "x86-64-v3 (AVX2, FMA)" : "baseline";
 }
 
-// MEASURE begins a step and the last verb of its order ends it, so that the verbs may come in separate calls.
 void run(Job& job, int verbs) {
   const std::vector<Chunk> chunks = chunks_of(job.rows);
-  const bool measures = verbs & kMeasureVerb, decides = (verbs & kDecideVerb) && job.measure;
-  const bool applies = verbs & kApplyVerb, together = measures && applies && !job.two_pass;
-  if (measures) {
+  const Parts parts = parts_of(job, verbs);
+  if (parts.measures) {
     begin(job.control, job.found_inf && *job.found_inf != 0);
     if (job.control[kSkip] != 0)
       skip(job);
-    else if (!together)
+    else if (!parts.together)
       pass(job, chunks, true, false, false);
   }
-  if (decides && job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, true);
-  if (applies && job.control[kSkip] == 0) {
-    pass(job, chunks, together && job.measure, true, !together);
+  if (parts.decides_ahead) decide(job.control, job.settings, job.hyper, job.rule, true);
+  if (parts.applies && job.control[kSkip] == 0) {
+    pass(job, chunks, parts.together && job.measure, true, !parts.together);
     count(job);
   }
-  if (decides && !job.two_pass) decide(job.control, job.settings, job.hyper, job.rule, false);
-  if (verbs & (job.two_pass ? kApplyVerb : kDecideVerb)) finish(job);
+  if (parts.decides) decide(job.control, job.settings, job.hyper, job.rule, false);
+  if (parts.ends) finish(job);
 }
 
 }  // namespace lrk::cpu

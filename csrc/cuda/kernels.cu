@@ -56,14 +56,12 @@ struct Counters {
 constexpr int64_t kCounterBytes = 256;
 static_assert(sizeof(Counters) <= kCounterBytes);
 
-struct Header : Small {
+struct Header : Small, Parts {
   Counters* counters;
   double* partials;       // a row of chunks for each sum
   const uint64_t* there;  // the list, in device memory; null: it is in the argument
   uint32_t measured_chunks, measure_tickets, tickets;
   int32_t chunks, rows, chunk_bits;
-  bool measures, applies, together;   // together: in one pass
-  bool decides_ahead, decides, ends;  // before applying; for the next step; the step is over then
   double settings[kSettings];
 };
 
@@ -419,10 +417,13 @@ LRK_DEVICE int32_t row_with(const Arguments& args, int32_t chunk) {
   return low;
 }
 
+LRK_RULE int64_t size_of(Dtype dtype) {
+  return dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2);
+}
+
 template <class P>
 LRK_DEVICE P advanced(P memory, Dtype dtype, int64_t elements) {
-  const int64_t bytes = elements * (dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2));
-  return memory ? P((const char*)(memory) + bytes) : memory;
+  return memory ? P((const char*)(memory) + elements * size_of(dtype)) : memory;
 }
 
 template <Rule kRule, class T>
@@ -673,7 +674,7 @@ LRK_DEVICE void no_sums(Shared<kRule>& shared) {
   __syncthreads();
 }
 
-// Runs the chunks of the tickets up to `limit`; `ahead`, of the first thread, is the ticket that comes next. How many.
+// Runs the chunks of all tickets below `limit`, and returns how many; `ahead`, in the first thread: the next ticket.
 template <Rule kRule, Kind kKind, bool kFull>
 LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared, unsigned int& ahead,
                                     unsigned int limit, bool measuring, bool applying) {
@@ -731,7 +732,7 @@ LRK_DEVICE unsigned int run_tickets(const Arguments& args, Shared<kRule>& shared
   return done;
 }
 
-// Adds to a counter what this block has done, and makes it seen; whether that made up the whole.
+// Publishes what this block has written, and adds `done` to a counter; whether that made up the whole.
 template <class Count>
 LRK_DEVICE bool completes(bool& shared_last, Count* counter, Count done, Count whole) {
   __syncthreads();
@@ -877,10 +878,6 @@ bool is_full(const Job& job) {
   return full;
 }
 
-int64_t size_of(Dtype dtype) {
-  return dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2);
-}
-
 // How many elements come before the first whose vectors all tensors have aligned; -1 where they never are.
 int8_t head_of(const Row& row, int vector) {
   const struct {
@@ -928,10 +925,6 @@ void fill(const Job& job, Kind kind, int chunk_bits, uint64_t* list) {
 }  // namespace
 
 const char* run(const Job& job, int verbs, int device, void* stream, Workspace& workspace) {
-  const bool measures = verbs & kMeasureVerb, decides = (verbs & kDecideVerb) && job.measure;
-  const bool applies = verbs & kApplyVerb;
-  const bool together = measures && applies && !job.two_pass,
-             ahead = (measures && !together) || (decides && job.two_pass);
   const Kind kind = kind_of(job.rows);
   const bool full = is_full(job);
   const int index = (job.rule * kKinds + kind) * 2 + full;
@@ -939,6 +932,7 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
 
   Arguments args;
   static_cast<Small&>(args) = job;
+  static_cast<Parts&>(args) = parts_of(job, verbs);
   const int chunk_bits = chunk_bits_of(job.rows);
   const auto rows = int64_t(job.rows.size());
   const int64_t list_words = hypers_at(rows) + job.groups * kHypers;
@@ -960,18 +954,13 @@ const char* run(const Job& job, int verbs, int device, void* stream, Workspace& 
   args.counters = reinterpret_cast<Counters*>(memory);
   args.partials = reinterpret_cast<double*>(memory + kCounterBytes);
   args.there = beyond ? static_cast<const uint64_t*>(workspace.list) : nullptr;
-  args.measured_chunks = measures ? uint32_t(chunks) : 0;
+  const bool ahead = (args.measures && !args.together) || args.decides_ahead;
+  args.measured_chunks = args.measures ? uint32_t(chunks) : 0;
   args.measure_tickets = ahead ? std::max(args.measured_chunks, 1u) : 0;
-  args.tickets = args.measure_tickets + (applies ? uint32_t(chunks) : 0);
+  args.tickets = args.measure_tickets + (args.applies ? uint32_t(chunks) : 0);
   args.chunks = int32_t(chunks);
   args.rows = int32_t(rows);
   args.chunk_bits = chunk_bits;
-  args.measures = measures;
-  args.applies = applies;
-  args.together = together;
-  args.decides_ahead = decides && job.two_pass;
-  args.decides = decides && !job.two_pass;
-  args.ends = verbs & (job.two_pass ? kApplyVerb : kDecideVerb);
   std::copy_n(job.settings, int(kSettings), args.settings);
 
   int previous = device;

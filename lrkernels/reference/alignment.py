@@ -1,4 +1,4 @@
-"""Alignment: gradient alignment that costs nothing (ours).
+"""Alignment: gradient alignment in one pass (ours).
 
 Does this gradient agree with the way we just moved? If so the rate grows, if not it shrinks. The learner
 works on the logarithm of the rate, where follow-the-regularised-leader with a quadratic regulariser is a

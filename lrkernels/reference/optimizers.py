@@ -52,7 +52,7 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded: torch's own on the CPU (MKL's) is off by one bit for a fifth of all x."""
+    """The square root, correctly rounded: torch's own on the CPU (MKL's) is off by one bit for one x in five or six."""
     return x.double().sqrt().to(x.dtype)
 
 
@@ -133,14 +133,14 @@ class Reference(torch.optim.Optimizer):
             raise ValueError("lrkernels: complex parameters are not supported")
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._stochastic_rounding, self._skip_nonfinite = stochastic_rounding, skip_nonfinite
-        self._open_loop, self._closed_loop = split(schedule)
+        self.open_loop, self.closed_loop = split(schedule)
         self._max_grad_norm = max_grad_norm
         self._prev_grad = torch.bfloat16 if prev_grad == "bfloat16" else None  # None: as p
         self._same_batch = False
-        if isinstance(self._closed_loop, AlignmentSchedule):
+        if isinstance(self.closed_loop, AlignmentSchedule):
             self._measures.add("direction")
-        if isinstance(self._closed_loop, GalaSchedule):
-            self._same_batch = self._closed_loop.mode == "same_batch"
+        if isinstance(self.closed_loop, GalaSchedule):
+            self._same_batch = self.closed_loop.mode == "same_batch"
             self._measures |= {"alignment", "direction"} if self._gala_needs_direction else {"alignment"}
         self._consecutive = "alignment" in self._measures and not self._same_batch
         if max_grad_norm is not None or self._measures & {"direction", "alignment"}:
@@ -232,10 +232,10 @@ class Reference(torch.optim.Optimizer):
         norm = math.sqrt(sums.gg)
         c = cosine(sums.gd, sums.gg, sums.dd)
         curvature = math.sqrt(sums.change_sq) / self._move if self._move > 0.0 else None
-        multiplier = self._open_loop(self._completed) if self._open_loop else 1.0
+        multiplier = self.open_loop(self._completed) if self.open_loop else 1.0
         factor = self._factor(sums, c, curvature)
         clip = None if self._max_grad_norm is None else clip_factor(norm, self._max_grad_norm)
-        s = self._closed_loop
+        s = self.closed_loop
         bounds = (s.min_lr, s.max_lr) if isinstance(s, AlignmentSchedule) else (0.0, math.inf)
         decision = Decision(factor, bounds, multiplier, clip)
 
@@ -355,12 +355,12 @@ class Reference(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
-                    raise RuntimeError("lrkernels: sparse gradients are not supported")
+                    raise ValueError(f"lrkernels: {type(self).__name__} takes no sparse gradients; use sparse=False")
                 g = wide(p.grad)
                 yield group, p, g if scale is None else g * (1.0 / float(scale))
 
     def _make_rule(self, lr_0: float) -> Rule | None:
-        s = self._closed_loop
+        s = self.closed_loop
         if isinstance(s, AlignmentSchedule):
             return Alignment(1.0, s.kappa, s.bias, s.lag, s.freeze_after)
         if isinstance(s, GalaSchedule):
