@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from cases import CLIPPED, MODELS, SCHEDULED, STORE, WATCHED
 from run import Side, Step, machine, show_table
+from unattended import SECONDS, notes
 
 SHAPES = {name: MODELS[name].shapes for name in ("resnet50", "gpt2")}
 SHAPES |= {"large": [(32 << 20,)] * 4, "small": [(64,)] * 3000}
 TINY = {name: [(33,), (5, 7)] for name in SHAPES}  # where only the code is tried, not the device
 REPEATS = 20
 WARM_UP = 3
-SECONDS = 50.0  # for one baseline, compiling included
+PATIENCE = 50.0  # seconds for one baseline, compiling included
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Row:
 OURS = {"ours:plain": SCHEDULED, "ours:triton": {"backend": "triton"}}  # what of a row's step is another then
 PARTS = ("direction", "direction_flat")
 COMPILED = ("compiled:direction", "compiled:direction_foreach")  # torch's fused step stays a call, foreach is compiled
+LATE = ("ours:triton", *COMPILED)  # what may take long, in this order after all the rest
 ROWS = [
     Row("large-plain", "large", SCHEDULED, 20, ("plain", "ours:triton")),
     Row("large-watched", "large", WATCHED, 20, (*PARTS, "ours:plain", "ours:triton")),
@@ -184,7 +186,7 @@ def against(
 ) -> dict[str, Any]:
     """Our step and a baseline's in turns; what went wrong where that cannot be."""
     try:
-        with within(SECONDS):
+        with within(PATIENCE):
             _, theirs = side(name, row, shapes, device)
             if name in OURS:
                 step, theirs = replay, replayed(theirs, device)
@@ -200,18 +202,13 @@ def against(
     }
 
 
-def measure(row: Row, shapes: list[tuple[int, ...]], device: str, copy: float, compiled: bool) -> dict[str, Any]:
-    """One row of the table: launches, device time and bandwidth, host time, and each baseline in turns with ours.
-
-    Or no more of it than the baselines that are compiled.
-    """
+def measure(row: Row, shapes: list[tuple[int, ...]], device: str, copy: float) -> dict[str, Any]:
+    """One row of the table: launches, device time and bandwidth, host time, and the baselines in turns with ours."""
     gc.collect()
     ours, step = side("ours", row, shapes, device)
     replay = replayed(step, device)
-    names = [name for name in row.baselines if name.startswith("compiled:") == compiled]
+    names = [name for name in row.baselines if name not in LATE]
     baselines = {name: against(name, row, shapes, device, step, replay) for name in names}
-    if compiled:
-        return baselines
     numel = sum(p.numel() for p in ours.params)
     milliseconds = Clock(device).median(replay)
     rate = 1e-6 * row.bytes * numel / milliseconds
@@ -230,6 +227,13 @@ def measure(row: Row, shapes: list[tuple[int, ...]], device: str, copy: float, c
     }
 
 
+def measure_late(name: str, row: Row, shapes: list[tuple[int, ...]], device: str) -> dict[str, Any]:
+    """One baseline of a row, in turns with ours."""
+    gc.collect()
+    _, step = side("ours", row, shapes, device)
+    return against(name, row, shapes, device, step, replayed(step, device))
+
+
 def marks(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each mark in each row that it is for: what was measured, and whether that is enough; None where nothing was."""
     found = []
@@ -244,8 +248,9 @@ def marks(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print the rows, and the marks."""
+def show(found: dict[str, Any]) -> None:
+    """Print the rows, the marks, and what there was no time for."""
+    results = found["rows"]
     titles = "case|tensors|launches|device ms|GB/s|of copy|host us|replayed us|ratios"
     rows = []
     for r in results:
@@ -261,6 +266,8 @@ def show(results: list[dict[str, Any]]) -> None:
         measured = "-" if m["measured"] is None else f"{m['measured']:.3f}"
         rows.append([m["id"], m["figure"], ", ".join(bounds), measured, verdicts[m["met"]]])
     show_table("case|mark||measured|", rows)
+    if found["left_out"]:
+        print(f"left out: {', '.join(found['left_out'])}")
 
 
 def benchmark(
@@ -269,29 +276,35 @@ def benchmark(
     copied: int,
     seconds: float,
     save: Callable[[dict[str, Any]], Any] = lambda found: None,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All rows that fit into ``seconds``, with the machine's description and the copy's rate; saved after each."""
+    """All that fits into ``seconds``, with the machine's description and the copy's rate; saved after each.
+
+    ``before`` is what a process has saved that did not come to its end. What it has begun is not begun again.
+    """
     deadline = perf_counter() + seconds
     copy = copy_gb_per_s(device, copied)
     about = machine() | {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "copy_gb_per_s": copy,
     }
-    rows: dict[str, dict[str, Any]] = {}
-    left_out: list[str] = []
-    found: dict[str, Any] = {"machine": about, "rows": [], "marks": [], "left_out": left_out}
-    compiled = [row for row in ROWS if any(name.startswith("compiled:") for name in row.baselines)]
-    for row, last in [*((row, False) for row in ROWS), *((row, True) for row in compiled)]:  # to compile takes long
-        if perf_counter() > deadline:
-            left_out.append(row.id + (", compiled" if last else ""))
-            continue
-        if last:
-            rows[row.id]["baselines"] |= measure(row, shapes[row.model], device, copy, True)
+    rows: dict[str, dict[str, Any]] = {row["id"]: row for row in (before or {"rows": []})["rows"]}
+    done = {*rows, *(f"{id} against {name}" for id, row in rows.items() for name in row["baselines"])}
+    found: dict[str, Any] = {"machine": about, "left_out": []}
+    late = [(row, name) for name in LATE for row in ROWS if name in row.baselines]
+    for row, name in [*((row, "") for row in ROWS), *late]:
+        work = f"{row.id} against {name}" if name else row.id
+        if perf_counter() > deadline or work in notes.before or (name and row.id not in rows):
+            found["left_out"] += [] if work in done else [work]
+        elif name:
+            notes.begin(work, PATIENCE + SECONDS)
+            rows[row.id]["baselines"][name] = measure_late(name, row, shapes[row.model], device)
         else:
-            rows[row.id] = measure(row, shapes[row.model], device, copy, False)
-        found["rows"] = list(rows.values())
-        found["marks"] = marks(found["rows"])
+            notes.begin(work)
+            rows[row.id] = measure(row, shapes[row.model], device, copy)
+        found |= {"rows": list(rows.values()), "marks": marks(list(rows.values()))}
         save(found)
+    notes.end()
     return found
 
 
@@ -308,10 +321,11 @@ def main() -> int:
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
 
-    found = benchmark("cuda", SHAPES, 512 << 20, args.seconds, save)
+    before = json.loads(args.json.read_text()) if notes.before and args.json and args.json.exists() else None
+    found = benchmark("cuda", SHAPES, 512 << 20, args.seconds, save, before)
     for key, value in found["machine"].items():
         print(f"{key}: {value}")
-    show(found["rows"])
+    show(found)
     return 0
 
 

@@ -271,6 +271,14 @@ def test_many_tensors_are_still_one_launch():
     assert len(kernels(optimizer, params)) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 300, 320, 340, 1000])
+def test_any_number_of_tensors_is_one_launch(count):
+    """In the launch's argument, up to its last word, and beside it."""
+    params = [torch.nn.Parameter(torch.zeros(5, device=CUDA)) for _ in range(count)]
+    assert len(kernels(FusedSGD(params, lr=1.0), params)) == 1
+    assert torch.equal(torch.stack([p.detach() for p in params]), torch.full((count, 5), -3.0, device=CUDA))
+
+
 def kernels(optimizer, params):
     """The names of one step's kernels, after two steps to get ready, as the profiler has them."""
     for _ in range(2):

@@ -1,6 +1,7 @@
 """``make gpu-check``, as far as it goes without a GPU: the benchmark's table on the CPU, and the stages."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_every_row_is_measured_against_every_baseline(benchmarks, monkeypatch, c
                 assert "backend='triton' is not available" in figures["error"]
             else:
                 assert figures["ratio"] > 0
-    gpu.show(found["rows"])
+    gpu.show(found)
     shown = capsys.readouterr().out
     assert all(row.id in shown for row in gpu.ROWS)
     assert len(saved[0]["rows"]) == 1 and saved[-1] == json.loads(json.dumps(found))  # each, should it be ended
@@ -60,20 +61,55 @@ def test_a_baseline_that_fails_leaves_the_others(benchmarks, monkeypatch, capsys
 
     monkeypatch.setattr(torch, "compile", refuse)
     (row,) = [row for row in gpu.ROWS if row.id == "gpt2-watched"]
-    others = gpu.measure(row, gpu.TINY["gpt2"], "cpu", 1.0, False)["baselines"]
+    others = gpu.measure(row, gpu.TINY["gpt2"], "cpu", 1.0)["baselines"]
     assert set(others) == {"direction", "direction_flat"} and others["direction"]["ratio"] > 0
-    compiled = gpu.measure(row, gpu.TINY["gpt2"], "cpu", 1.0, True)
-    assert all("no compiler" in figures["error"] for figures in compiled.values()) and len(compiled) == 2
+    for name in gpu.COMPILED:
+        assert "no compiler" in gpu.measure_late(name, row, gpu.TINY["gpt2"], "cpu")["error"]
     assert "no compiler" in capsys.readouterr().err
 
 
 def test_a_baseline_that_takes_too_long_is_left(benchmarks, monkeypatch):
     gpu, _ = benchmarks
-    monkeypatch.setattr(gpu, "SECONDS", 0.2)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.2)
     monkeypatch.setattr(torch, "compile", lambda step: lambda: time.sleep(30))
     (row,) = [row for row in gpu.ROWS if row.id == "gpt2-watched"]
-    compiled = gpu.measure(row, gpu.TINY["gpt2"], "cpu", 1.0, True)
-    assert [figures["error"] for figures in compiled.values()] == ["TimeoutError: not done in 0 s"] * 2
+    figures = gpu.measure_late("compiled:direction", row, gpu.TINY["gpt2"], "cpu")
+    assert figures == {"error": "TimeoutError: not done in 0 s"}
+
+
+def test_a_new_process_goes_on_after_the_work_that_ended_the_last_one(benchmarks, monkeypatch):
+    gpu, _ = benchmarks
+    monkeypatch.setattr(gpu, "REPEATS", 4)
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    tried, measure, measure_late = [], gpu.measure, gpu.measure_late
+
+    def watched(row, *rest):
+        tried.append(row.id)
+        if tried == ["large-plain", "large-watched"]:
+            raise SystemExit("a hang")
+        return measure(row, *rest)
+
+    def watched_late(name, row, *rest):
+        tried.append(f"{row.id} against {name}")
+        if tried[-1] == "large-plain against ours:triton":
+            raise SystemExit("a crash")
+        return measure_late(name, row, *rest)
+
+    monkeypatch.setattr(gpu, "measure", watched)
+    monkeypatch.setattr(gpu, "measure_late", watched_late)
+    saved = [None]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            gpu.benchmark("cpu", gpu.TINY, 4096, 60.0, saved.append, saved[-1])
+        saved.append(json.loads(json.dumps(saved[-1])))
+        monkeypatch.setattr(gpu.notes, "before", list(tried))
+    found = gpu.benchmark("cpu", gpu.TINY, 4096, 60.0, saved.append, saved[-1])
+    assert len(set(tried)) == len(tried)
+    died = ["large-watched", "large-watched against ours:triton", "large-plain against ours:triton"]
+    assert sorted(found["left_out"]) == sorted(died) and saved[-1] == found
+    assert [row["id"] for row in found["rows"]] == [row.id for row in gpu.ROWS if row.id != "large-watched"]
+    for row, wanted in zip(found["rows"], [row for row in gpu.ROWS if row.id != "large-watched"], strict=True):
+        assert set(row["baselines"]) == set(wanted.baselines) - {"ours:triton"}
 
 
 @pytest.mark.parametrize("name, differs", [("ours:triton", "backend"), ("ours:plain", "track")])
@@ -130,7 +166,7 @@ def test_each_mark_is_missed_where_it_is(benchmarks, capsys, id, figure, value):
         row["baselines"][figure] = {"ratio": value}
     missed = [mark for mark in gpu.marks(rows) if not mark["met"]]
     assert [(mark["id"], mark["figure"], mark["measured"]) for mark in missed] == [(id, figure, value)]
-    gpu.show(rows)
+    gpu.show({"rows": rows, "left_out": []})
     assert len([line for line in capsys.readouterr().out.splitlines() if line.endswith("MISSED")]) == 1
     row["baselines"] = {name: {"error": "not there"} for name in row["baselines"]}
     assert figure in FIGURES or [mark["met"] for mark in gpu.marks(rows) if mark["figure"] == figure].count(None) == 1
@@ -178,11 +214,98 @@ def test_the_stages_fit_into_eight_minutes(benchmarks, tmp_path):
     _, check = benchmarks
     assert check.TOTAL < 480
     assert [stage.name for stage, _ in check.stages(tmp_path)] == [
-        *("build", "info", "machine code", "tests", "memcheck", "racecheck", "benchmarks")
+        *("build", "info", "tests", "benchmarks", "memcheck", "racecheck", "machine code")
     ]
     (tests,) = [stage for stage, _ in check.stages(tmp_path) if stage.name == "tests"]
     assert "tests/test_gpu.py" in tests.command
     compile(check.SANITIZED, "sanitized", "exec")
+
+
+TESTS = """
+import os, time, torch, pytest
+
+def test_first():
+    pass
+
+def test_hangs():
+    time.sleep(60)
+
+@pytest.mark.parametrize("x", [{"a": (1,)}, "b"], ids=str)
+def test_fails(x):
+    assert x == "b", "what was wrong"
+
+def test_crashes():
+    os.abort()
+
+def test_loses_the_device(monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access")
+
+    torch.cuda.is_available, torch.cuda.synchronize = lambda: True, lost
+
+def test_last():
+    assert not torch.cuda.is_available()
+"""
+
+
+@pytest.mark.slow
+def test_tests_go_on_after_one_that_hangs_or_crashes(benchmarks, tmp_path, monkeypatch):
+    _, check = benchmarks
+    plugin = (ROOT / "benchmarks/unattended.py").read_text()
+    assert "SECONDS = 30.0" in plugin
+    (tmp_path / "quick.py").write_text(plugin.replace("SECONDS = 30.0", "SECONDS = 5.0"))
+    (tmp_path / "test_some.py").write_text(TESTS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "quick", "-p", "no:cacheprovider"]
+    stage = check.Stage("tests", [*command, f"--rootdir={tmp_path}", str(tmp_path / "test_some.py")])
+    check.run(stage, 100.0, tmp_path / "check.log")
+    text = (tmp_path / "check.log").read_text()
+    assert [name.split("::")[1] for name in stage.died] == ["test_hangs", "test_crashes", "test_loses_the_device"]
+    assert stage.status == 1 and "1 passed, 6 deselected" in text
+    assert "Timeout (0:00:05)!" in text and "what was wrong" in text and "the device is lost: an illegal" in text
+    assert sorted(path.name for path in tmp_path.glob("check*")) == ["check.log"]
+
+
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys({absent})
+import pytest
+sys.exit(pytest.main([*{files}, "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_tests_for_a_gpu_need_torch_and_pytest_alone(benchmarks, tmp_path):
+    _, check = benchmarks
+    (tests,) = [stage for stage, _ in check.stages(tmp_path) if stage.name == "tests"]
+    files = [argument for argument in tests.command if argument.startswith("tests/")]
+    absent = ["scipy", "hypothesis", "expecttest", "sklearn", "matplotlib", "tqdm", "pytest_benchmark", "accelerate"]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(absent=absent, files=files)],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_report_has_what_there_is_and_the_table_is_shown(benchmarks, tmp_path, monkeypatch, capsys):
+    gpu, check = benchmarks
+    monkeypatch.setattr(gpu, "REPEATS", 4)
+    found = json.loads(json.dumps(gpu.benchmark("cpu", gpu.TINY, 4096, seconds=-1.0)))
+    code = f"open({str(tmp_path / 'gpu-benchmarks.json')!r}, 'w').write({json.dumps(found)!r}); print('written')"
+    all_stages = [check.Stage("benchmarks", [sys.executable, "-c", code]), check.Stage("sanitizer", [])]
+    monkeypatch.setattr(check, "stages", lambda out: [(stage, 60.0) for stage in all_stages])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(ROOT)])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert check.main() == 0
+    assert str(ROOT) in sys.path  # or the package is not found where it is not installed
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report["benchmarks"] == found and report["device"] == "a device"
+    assert [(stage["name"], stage["status"]) for stage in report["stages"]] == [("benchmarks", 0), ("sanitizer", None)]
+    shown = capsys.readouterr().out
+    assert "written" in shown and "left out: large-plain, large-watched" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-check.json", "gpu-check.log"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lrkernels import layout, ops, rules
 from lrkernels.layout import (
@@ -530,6 +531,26 @@ DTYPES = {
     "bf16-fp32-state": (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
     "fp32-bf16-prev": (torch.float32, torch.float32, torch.float32, torch.bfloat16),
 }
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses what a GPU would wait for: a tensor made of the host's numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor) or isinstance(args[0], Tensor), func
+        return func(*args, **(kwargs or {}))
+
+
+@orders
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_eager_makes_its_coefficients_on_the_device(dtype, rule, row, two_pass):
+    job = make([(5,), ()], rule, dtype=dtype, prev=dtype, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    job.settings[Setting.MAX_GRAD_NORM] = 1.0
+    job.settings[Setting.STOCHASTIC_ROUNDING] = 1.0
+    with NothingFromTheHost():
+        job.run("eager")
+    assert job.control[Control.STEP] == 1
 
 
 @needs_native

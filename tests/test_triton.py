@@ -647,12 +647,13 @@ def test_gpu_one_launch_and_no_wait():
     _, optimizer = trained_on_gpu([(1000,), (70_000,), (3, 5)], backend="triton")
     optimizer.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
     assert [name for name in kernels if "Memcpy" not in name] == ["step_kernel"]
 
