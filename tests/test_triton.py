@@ -359,6 +359,60 @@ def test_the_table_is_uploaded_when_something_has_moved():
     assert kept and old
 
 
+def shorter(job):
+    return {name: [x[:10] for x in getattr(job, name)] for name in ("params", "grads", "state0", "prev_write")}
+
+
+def negated(job):
+    return {"grads": [torch._neg_view(x) for x in job.grads]}
+
+
+def differently_strided(job):
+    return {name: [x.view(5, 8).t() for x in getattr(job, name)] for name in ("params", "state0", "prev_write")}
+
+
+def halved(job):
+    return {"params": [job.params[0].view(torch.bfloat16)[:40].copy_(job.params[0].clone())]}
+
+
+@interpreted
+@pytest.mark.parametrize("change", [shorter, negated, differently_strided, halved])
+def test_other_tensors_at_the_same_addresses(change):
+    """What an operator is called with next may lie where something else has lain."""
+    job = Job(*([randn((40,), i)] for i in range(3)), prev_write=[randn((40,), 3)], hyper=hyper_row(MOMENTUM=0.9))
+    job.measure, job.counts = ALL, torch.ones(1, len(Count))
+    here, runner = job.copy(), TritonRunner(CPU)
+    for each in (job, here):
+        if change is differently_strided:
+            for name in ("params", "grads", "state0", "prev_write"):
+                setattr(each, name, [x.view(8, 5) for x in getattr(each, name)])
+    job.run("eager")
+    step(here, runner)
+    rest = here.params[0].clone()
+    for each in (job, here):
+        each.__dict__.update(change(each))
+    job.run("eager")
+    step(here, runner)
+    assert_same_bits(job, here, TRAINED)
+    assert_same_decisions(job, here, 1e-11)
+    if change is shorter:
+        assert torch.equal(here.params[0]._base[10:], rest[10:])
+
+
+@interpreted
+def test_a_previous_gradient_that_is_not_given_is_the_kept_one():
+    """Where some are given and others kept, also when the given ones have moved."""
+    job = make([(40,), (7,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL)
+    here, runner = job.copy(), TritonRunner(CPU)
+    for t in range(3):
+        for each in (job, here):
+            each.prev_read = [None, randn((7,), t)]
+        job.run("eager")
+        step(here, runner)
+        assert_same_decisions(job, here, 1e-11)
+    assert_same_bits(job, here, TRAINED)
+
+
 @interpreted
 def test_increments_versions():
     job = Job([torch.ones(3), torch.ones(3)], [torch.ones(3), None])
