@@ -231,9 +231,9 @@ def to_float16_at_random(x, random):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# DECIDE: float64 scalars. All threads of a program load and hold them, and one thread stores. So a function loads all it
-# needs before it stores anything, and a barrier stands in between: a thread that is late must not load what is new.
-# Another stands between two functions of which one loads what the other stored.
+# DECIDE: float64 scalars. All threads of a program load and hold them, and one thread stores. So a function loads all
+# it needs before it stores anything, with a barrier in between: a thread that is late must not load what is new. One
+# more stands between two functions of which one loads what the other stored.
 
 
 @triton.jit
