@@ -652,6 +652,48 @@ def test_compiles_ahead_of_time(name, target, tmp_path, monkeypatch):
     assert wide[0] >= loads and wide[1] >= stores, wide
 
 
+class Elsewhere:
+    """As much of a driver as a launch asks for before there is a kernel; of a device that no machine has."""
+
+    def get_current_device(self):
+        return 77
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS["sm_90"])
+
+
+@compiled
+def test_one_optimizer_compiles_one_kernel(tmp_path, monkeypatch):
+    """Whatever the sizes are, and where the small tensors lie; another set of measures is another kernel."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, known = triton_kernels.step_kernel, []
+    compile_it = kernel._do_compile
+    monkeypatch.setattr(kernel, "_do_compile", lambda key, *rest: known.append(key) or compile_it(key, *rest))
+
+    class Launch:
+        def __getitem__(self, grid):
+            return functools.partial(kernel.run, grid=grid, warmup=True)
+
+    monkeypatch.setattr(triton_runner, "step_kernel", Launch())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Elsewhere())
+    runner = TritonRunner(CPU)
+    runner.nvidia = True
+    for shapes in ([(1,)], [(17,), (3,)], [(16 * triton_kernels.CHUNK,), *[(5,)] * 15], [(3,)] * 16):
+        job = make(shapes, Rule.SGD, hyper=hyper_row(MOMENTUM=0.9), measure=Measure.NORMS)
+        job.lr = torch.cat([f64([0.0]), job.lr])[1:]  # eight bytes after what is aligned
+        job.table = f64([1.0] * len(shapes))
+        step(job, runner)
+    assert len(known) == 1, known
+    job.measure = Measure.NORMS | Measure.DIRECTION
+    step(job, runner)
+    assert len(known) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The compiled code, executed without a GPU
 
@@ -690,8 +732,8 @@ def everything(rule, row, sizes, two_pass, **kinds):
     return job
 
 
-def rounded_at_random():
-    half = {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16, "state_dtype": torch.float32, "prev": torch.bfloat16}
+def rounded_at_random(kind):
+    half = {"dtype": kind, "grad_dtype": kind, "state_dtype": torch.float32, "prev": kind}
     job = everything(*CASES["adamw"], [1025, 7], False, **half)
     job.settings[Setting.STOCHASTIC_ROUNDING] = 1.0
     return job
@@ -713,7 +755,8 @@ FLOATS = {"prev": torch.float32}
 COMPILED = {
     "sgd": lambda: everything(*CASES["sgd-nesterov"], [0, 1, 255, 257, 16_385, 1025], False, **FLOATS),
     "amsgrad-two-passes": lambda: everything(*CASES["adamw-amsgrad"], [1, 255, 257, 16_385, 1025], True, **FLOATS),
-    "bf16-at-random": rounded_at_random,
+    "bf16-at-random": lambda: rounded_at_random(torch.bfloat16),
+    "fp16-at-random": lambda: rounded_at_random(torch.float16),
     "fp16-masters-two-passes": with_masters,
     "float64": in_float64,
     "several-dtypes": mixed_rows,
@@ -856,7 +899,8 @@ def test_gpu_one_launch_and_no_wait():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    there = [event for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    kernels = [event.name for event in there if not event.is_user_annotation]
     assert [name for name in kernels if "Memcpy" not in name] == ["step_kernel"]
 
 
@@ -869,6 +913,7 @@ def test_gpu_capture():
     params, captured = trained_on_gpu(shapes, backend="triton", schedule=schedule)
     others, plain = trained_on_gpu(shapes, backend="triton", schedule=schedule)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             captured.step()

@@ -96,6 +96,9 @@ inline u32 permuted(u32 a, u32 b, u32 select) {
   }
   return result;
 }
+inline u32 added_by_halves(u32 a, u32 b) {
+  return ((a >> 16) + (b >> 16)) << 16 | ((a + b) & 0xffff);
+}
 // Triton has all threads that hold an element write it to shared memory: with the same value, that is no race.
 template <class T>
 LRK_UNSEEN inline void write_shared(T* there, T x) {

@@ -232,6 +232,8 @@ class Translator:
             else:
                 assert how == [kind], text
             return store(bits(f"{function}({value(at[1], kind)}, {value(at[2], kind)})", kind))
+        if parts in (["add", "s16x2"], ["add", "u16x2"]):
+            return store(f"added_by_halves({value(at[1], 'u32')}, {value(at[2], 'u32')})")
         if verb in ("add", "sub"):
             assert how == [kind], text
             return store(binary(kind, {"add": "+", "sub": "-"}[verb], at[1], at[2]))
