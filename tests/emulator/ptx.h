@@ -55,13 +55,9 @@ inline T remainder_of(T a, T b) {
   return b == 0 ? T(-1) : T(a % b);
 }
 template <class T>
-inline T quotient_of(T a, T b) {
-  return b == 0 ? T(-1) : T(a / b);
-}
-template <class T>
-inline T least(T a, T b) {
+inline T least(T a, T b) {  // a number, if one of them is
   return a < b || b != b ? a : b;
-}  // a number, if one of them is
+}
 template <class T>
 inline T most(T a, T b) {
   return a > b || b != b ? a : b;
@@ -78,9 +74,9 @@ inline To truncated(From x) {
   const From low = From(std::numeric_limits<To>::min()), high = From(std::numeric_limits<To>::max());
   return x <= low ? std::numeric_limits<To>::min() : x >= high ? std::numeric_limits<To>::max() : To(x);
 }
-inline b16 bf16_of(f32 x) {
+inline b16 bf16_of(f32 x) {  // the device's NaN is another
   return x != x ? b16(0x7fff) : lrk::to_bfloat16(x);
-}  // the device's NaN
+}
 inline b16 f16_of(f32 x) {
   return x != x ? b16(0x7fff) : lrk::to_float16(x);
 }

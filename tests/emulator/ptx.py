@@ -13,8 +13,8 @@ from . import Device, build
 
 WIDTH = {"b8": 8, "b16": 16, "b32": 32, "b64": 64} | {f"{k}{n}": n for k in "us" for n in (8, 16, 32, 64)}
 WIDTH |= {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "pred": 1}
-COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">"}
-COMPARED |= {"hs": ">="}
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 SPECIAL = {"%tid.x": "threadIdx.x", "%ctaid.x": "blockIdx.x", "%ntid.x": "blockDim.x", "%nctaid.x": "gridDim.x"}
 ORDERS = {"relaxed": "RELAXED", "acquire": "ACQUIRE", "release": "RELEASE", "acq_rel": "ACQ_REL"}
 
@@ -60,12 +60,6 @@ def place(operand: str, space: str, kind: str) -> str:
     if space == "shared":
         return f"reinterpret_cast<{kind}*>(memory_of_block + (s64(s32({value(base, 'u32')})) {offset}))"
     return f"reinterpret_cast<{kind}*>({value(base, 'u64')} {offset})"
-
-
-def binary(kind: str, operator: str, a: str, b: str) -> str:
-    """An operation on two values of a type; integers wrap around."""
-    made = f"u{WIDTH[kind]}" if kind[0] in "sub" else kind
-    return f"{made}({value(a, made)} {operator} {value(b, made)})"
 
 
 class Translator:
@@ -122,135 +116,114 @@ class Translator:
         return None
 
     def _code(self, parts: list[str], at: list[str], text: str) -> str:
-        (
-            verb,
-            *how,
-        ) = parts
-        kind = how[-1] if how else ""
-
-        def store(result: str, to: str = at[0] if at else "") -> str:
-            return f"{name(to)} = {result};"
-
-        def bits(result: str, of: str) -> str:
-            return f"as<b{WIDTH[of]}>({result})" if of in ("f32", "f64") else result
-
-        def unary(template: str) -> str:
-            ftz = "ftz" in how and kind == "f32"
-            operand = value(at[1], kind)
-            operand = f"flushed({operand})" if ftz else operand
-            result = template.format(operand)
-            return store(bits(f"flushed({result})" if ftz else result, kind))
-
-        if verb in ("bra",):
+        """One instruction as C++."""
+        verb, how, kind = parts[0], parts[1:], parts[-1]
+        if verb == "bra":
             return f"goto {at[0].replace('$', 'S')};"
         if verb == "ret":
             return "return;"
         if parts == ["bar", "sync"]:
             assert at == ["0"], text
             return "__syncthreads();"
-        if parts[:3] == ["shfl", "sync", "bfly"]:
-            assert at[3:] == ["31", "-1"], text
-            return store(f"__shfl_xor_sync(0xffffffffu, {value(at[1], 'b32')}, {at[2]})")
-        if verb == "ldmatrix":
-            assert how == ["sync", "aligned", "m8n8", f"x{len(listed(at[0]))}", "shared", "b16"], text
-            row = re.fullmatch(r"\[(%\w+)(?:\+(\d+))?\]", at[1])
-            count = len(listed(at[0]))
-            code = f"const auto m = matrices<{count}>(memory_of_block, {value(row[1], 'u32')} + {row[2] or 0});"
-            return f"{{ {code} {' '.join(f'{name(r)} = m.at[{i}];' for i, r in enumerate(listed(at[0])))} }}"
         if verb in ("ld", "st"):
             return self._memory(verb, how, at, text)
+        if verb == "mov" and "{" in text:
+            return self._move_parts(at, kind)
+        if verb == "ldmatrix":
+            registers = listed(at[0])
+            assert how == ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"], text
+            row, offset = re.fullmatch(r"\[(%\w+)(?:\+(\d+))?\]", at[1]).groups()
+            code = f"const auto m = matrices<{len(registers)}>(memory_of_block, {value(row, 'u32')} + {offset or 0});"
+            return f"{{ {code} {' '.join(f'{name(r)} = m.at[{i}];' for i, r in enumerate(registers))} }}"
         if verb == "atom":
-            space, scope, order, operation, of = how
-            assert (space, scope) == ("global", "gpu") and WIDTH[of] == 32, text
-            pointer = place(at[1], space, of)
+            space, scope, order, operation, _ = how
+            assert (space, scope) == ("global", "gpu") and WIDTH[kind] == 32, text
             call = {"add": "fetch_add", "exch": "exchange_n"}[operation]
-            return store(f"__atomic_{call}({pointer}, {value(at[2], of)}, __ATOMIC_{ORDERS[order]})")
-        if verb == "mov":
-            if at[0].startswith("{"):
-                parts_, width = listed(at[0]), WIDTH[kind] // len(listed(at[0]))
-                done = [
-                    f"{name(r)} = b{width}({value(at[1], kind)} >> {i * width});"
-                    for i, r in enumerate(parts_)
-                    if r != "_"
-                ]
-                return " ".join(done) or ";"
-            if at[1].startswith("{"):
-                parts_, width = listed(at[1]), WIDTH[kind] // len(listed(at[1]))
-                shifted = [f"{kind}({value(r, f'b{width}')}) << {i * width}" for i, r in enumerate(parts_)]
-                return store(f"{kind}({' | '.join(shifted)})")
-            if kind == "pred":
-                return store(value(at[1], kind) if at[1][0] == "%" else str(int(at[1], 0) != 0).lower())
-            return store(value(at[1], "b" + kind[1:]))
-        if verb == "selp":
-            kind = f"b{WIDTH[kind]}"
-            return store(f"{value(at[3], 'pred')} ? {value(at[1], kind)} : {value(at[2], kind)}")
-        if verb == "setp":
-            return store(self._compare(how, at, text))
-        if verb == "cvt":
-            return store(self._convert(how, at, text))
-        if verb in ("and", "or", "xor"):
-            sign = {"and": "&", "or": "|", "xor": "^"}[verb]
-            if kind == "pred":
-                return store(f"bool({value(at[1], kind)} {sign} {value(at[2], kind)})")
-            return store(binary(kind, sign, at[1], at[2]))
-        if verb == "not":
-            return store(f"!{value(at[1], kind)}" if kind == "pred" else f"{kind}(~{value(at[1], kind)})")
-        if verb == "shl":
-            return store(f"shifted_left<{kind}>({value(at[1], kind)}, {value(at[2], 'u32')})")
-        if verb == "shr":
-            return store(f"shifted_right<{kind}>({value(at[1], kind)}, {value(at[2], 'u32')})")
-        if verb == "bfe":
-            assert kind == "u32", text
-            start, count = value(at[2], "u32"), value(at[3], "u32")
-            return store(f"(shifted_right<u32>({value(at[1], kind)}, {start}) & ((1ull << {count}) - 1))")
-        if verb == "prmt":
-            return store(f"permuted({', '.join(value(x, 'u32') for x in at[1:])})")
-        if verb == "fma":
-            assert how[0] == "rn" and len(how) == 2, text
-            operands = ", ".join(value(x, kind) for x in at[1:])
-            return store(bits(f"std::fma({operands})", kind))
-        if verb in ("add", "sub", "mul", "div") and kind in ("f32", "f64"):
-            assert how == ["rn", kind], text
-            sign = {"add": "+", "sub": "-", "mul": "*", "div": "/"}[verb]
-            return store(bits(binary(kind, sign, at[1], at[2]), kind))
-        if verb == "sqrt":
-            assert how == ["rn", kind], text
-            return unary("std::sqrt({})")
-        if verb == "rcp":
-            assert how == ["approx", "ftz", "f64"], text
-            return store(bits(f"reciprocal({value(at[1], kind)})", kind))
-        if verb == "neg" and kind in ("f32", "f64"):
-            return unary("(-{})")
-        if verb == "neg":
-            return store(f"u{WIDTH[kind]}(0 - {value(at[1], f'u{WIDTH[kind]}')})")
-        if verb == "abs" and kind in ("f32", "f64"):
-            return unary("std::fabs({})")
+            operands = f"{place(at[1], space, kind)}, {value(at[2], kind)}, __ATOMIC_{ORDERS[order]}"
+            return f"{name(at[0])} = __atomic_{call}({operands});"
+        if kind in ("f32", "f64") and verb not in ("setp", "selp", "cvt", "mov"):
+            return f"{name(at[0])} = as<b{WIDTH[kind]}>({self._float(verb, how, at, text)});"
+        return f"{name(at[0])} = {self._value(verb, how, at, text)};"
+
+    def _float(self, verb: str, how: list[str], at: list[str], text: str) -> str:
+        """A floating-point operation. Its rounding must be said: no form is taken that may be less exact."""
+        kind = how[-1]
+        operands = [value(x, kind) for x in at[1:]]
+        if how == ["ftz", "f32"]:
+            operands = [f"flushed({x})" for x in operands]
+        if verb in ("neg", "abs"):
+            assert how in ([kind], ["ftz", "f32"]), text
+            return f"{'-' if verb == 'neg' else 'std::fabs'}({operands[0]})"
         if verb in ("min", "max"):
-            function = {"min": "least", "max": "most"}[verb]
-            if how == ["NaN", "f32"]:
-                function += "_or_nan"
-            else:
-                assert how == [kind], text
-            return store(bits(f"{function}({value(at[1], kind)}, {value(at[2], kind)})", kind))
-        if parts in (["add", "s16x2"], ["add", "u16x2"]):
-            return store(f"added_by_halves({value(at[1], 'u32')}, {value(at[2], 'u32')})")
-        if verb in ("add", "sub"):
-            assert how == [kind], text
-            return store(binary(kind, {"add": "+", "sub": "-"}[verb], at[1], at[2]))
-        if verb == "mul" and how[0] == "lo":
-            return store(binary(kind, "*", at[1], at[2]))
+            assert how in ([kind], ["NaN", "f32"]), text
+            function = {"min": "least", "max": "most"}[verb] + ("_or_nan" if how[0] == "NaN" else "")
+        elif verb == "rcp":
+            assert how == ["approx", "ftz", "f64"], text
+            function = "reciprocal"
+        else:
+            assert how == ["rn", kind], text
+            if verb in OPERATORS:
+                return f"{operands[0]} {OPERATORS[verb]} {operands[1]}"
+            function = {"fma": "std::fma", "sqrt": "std::sqrt"}[verb]
+        return f"{function}({', '.join(operands)})"
+
+    def _value(self, verb: str, how: list[str], at: list[str], text: str) -> str:
+        """What an instruction puts into its register."""
+        kind = how[-1]
+        a, b, c = [*at[1:], None, None, None][:3]
+        if verb == "setp":
+            return self._compare(how, at, text)
+        if verb == "cvt":
+            return self._convert(how, at, text)
+        if kind in ("s16x2", "u16x2") and verb == "add":
+            return f"added_by_halves({value(a, 'u32')}, {value(b, 'u32')})"
+        if verb == "shfl":
+            assert how == ["sync", "bfly", "b32"] and at[3:] == ["31", "-1"], text
+            return f"__shfl_xor_sync(0xffffffffu, {value(a, kind)}, {b})"
+        if verb == "prmt":
+            return f"permuted({', '.join(value(x, 'u32') for x in (a, b, c))})"
         if verb in ("mul", "mad") and how[0] == "wide":
             wide = f"{kind[0]}{2 * WIDTH[kind]}"
-            product = f"u{2 * WIDTH[kind]}({wide}({value(at[1], kind)}) * {wide}({value(at[2], kind)}))"
-            more = f" + {value(at[3], 'u' + wide[1:])}" if verb == "mad" else ""
-            return store(f"{product}{more}")
-        if verb == "mad" and how[0] == "lo":
-            made = f"u{WIDTH[kind]}"
-            return store(f"{made}({value(at[1], made)} * {value(at[2], made)} + {value(at[3], made)})")
-        if verb in ("rem", "div"):
-            function = {"rem": "remainder_of", "div": "quotient_of"}[verb]
-            return store(f"{function}<{kind}>({value(at[1], kind)}, {value(at[2], kind)})")
+            product = f"u{wide[1:]}({wide}({value(a, kind)}) * {wide}({value(b, kind)}))"
+            return f"{product} + {value(c, 'u' + wide[1:])}" if verb == "mad" else product
+        assert how in ([kind], ["lo", kind]) and (how[0] == "lo") == (verb in ("mul", "mad")), text
+        if verb == "mov":
+            return value(a, "pred" if kind == "pred" else f"b{WIDTH[kind]}")
+        if verb == "selp":
+            return f"{value(c, 'pred')} ? {value(a, f'b{WIDTH[kind]}')} : {value(b, f'b{WIDTH[kind]}')}"
+        if verb in ("and", "or", "xor"):
+            sign = {"and": "&", "or": "|", "xor": "^"}[verb]
+            return f"{'bool' if kind == 'pred' else kind}({value(a, kind)} {sign} {value(b, kind)})"
+        if verb == "not":
+            return f"!{value(a, kind)}" if kind == "pred" else f"{kind}(~{value(a, kind)})"
+        if verb in ("shl", "shr"):
+            return f"shifted_{'left' if verb == 'shl' else 'right'}<{kind}>({value(a, kind)}, {value(b, 'u32')})"
+        if verb == "bfe":
+            assert kind == "u32", text
+            return f"(shifted_right<u32>({value(a, kind)}, {value(b, kind)}) & ((1ull << {value(c, kind)}) - 1))"
+        if verb in ("min", "max", "rem"):
+            function = {"min": "least", "max": "most", "rem": "remainder_of"}[verb]
+            return f"{function}<{kind}>({value(a, kind)}, {value(b, kind)})"
+        made = f"u{WIDTH[kind]}"  # integers wrap around
+        if verb == "neg":
+            return f"{made}(0 - {value(a, made)})"
+        if verb == "mad":
+            return f"{made}({value(a, made)} * {value(b, made)} + {value(c, made)})"
+        if verb in ("add", "sub", "mul"):
+            return f"{made}({value(a, made)} {OPERATORS[verb]} {value(b, made)})"
         raise NotImplementedError(text)
+
+    def _move_parts(self, at: list[str], kind: str) -> str:
+        """A register into two or more, or the other way round."""
+        to, source = map(listed, at)
+        width = WIDTH[kind] // max(len(to), len(source))
+        if len(to) > 1:
+            taken = (
+                f"{name(r)} = b{width}({value(at[1], kind)} >> {i * width});" for i, r in enumerate(to) if r != "_"
+            )
+            return " ".join(taken)
+        shifted = (f"{kind}({value(r, f'b{width}')}) << {i * width}" for i, r in enumerate(source))
+        return f"{name(to[0])} = {' | '.join(shifted)};"
 
     def _memory(self, verb: str, how: list[str], at: list[str], text: str) -> str:
         space, *how, kind = how
@@ -285,8 +258,6 @@ class Translator:
         if kind in ("f32", "f64"):
             if how_compared == "nan":
                 return f"({a} != {a} || {b} != {b})"
-            if how_compared == "num":
-                return f"({a} == {a} && {b} == {b})"
             unordered = how_compared[-1] == "u"
             sign = COMPARED[how_compared.removesuffix("u")]
             nan = f"({a} != {a} || {b} != {b})"
