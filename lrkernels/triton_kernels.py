@@ -232,8 +232,9 @@ def to_float16_at_random(x, random):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# DECIDE: float64 scalars. All threads of a program hold them and one thread stores, so a function loads all it needs
-# before it stores anything, and a barrier stands between two of which one loads what the other stored.
+# DECIDE: float64 scalars. All threads of a program load and hold them, and one thread stores. So a function loads all
+# it needs before it stores anything, with a barrier in between: a thread that is late must not load what is new. One
+# more stands between two functions of which one loads what the other stored.
 
 
 @triton.jit
@@ -285,6 +286,7 @@ def alignment_factor(control, settings, direction_cosine):
     increment = tl.load(settings + _Setting.KAPPA) * (direction_cosine + tl.load(settings + _Setting.BIAS))
     counts = (step > 0) & (step < tl.load(settings + _Setting.FREEZE_AFTER))
     log_factor = tl.where(counts, log_factor + increment, log_factor)
+    tl.debug_barrier()
     tl.store(control + _Control.LOG_FACTOR, log_factor)
     return tl.exp(tl.where(log_factor < 80.0, log_factor, 80.0))  # above that no float32 rate is finite
 
@@ -309,6 +311,7 @@ def gala_factor(control, settings, sums, RULE: tl.constexpr):
     counts = started & is_finite(a) & is_finite(b)
     numerator = tl.where(counts, numerator + a, numerator)
     denominator = tl.where(counts, denominator + b, denominator)
+    tl.debug_barrier()
     tl.store(control + _Control.SMOOTHNESS, smoothness)
     tl.store(control + _Control.NUMERATOR, numerator)
     tl.store(control + _Control.DENOMINATOR, denominator)
@@ -414,6 +417,7 @@ def decide(control, settings, hyper, RULE: tl.constexpr, TWO_PASS: tl.constexpr)
     max_norm = tl.load(settings + _Setting.MAX_GRAD_NORM)
     curvature = sqrt(diff_sq) / sqrt(tl.load(control + _Control.LAST_MOVE_SQ))
     direction_cosine = cosine(dot_direction, grad_sq, direction_sq)
+    tl.debug_barrier()
     tl.store(control + _Stat.GRAD_NORM, norm)
     tl.store(control + _Stat.GRAD_NORM_L1, grad_abs)
     tl.store(control + _Stat.DIRECTION_COSINE, direction_cosine)

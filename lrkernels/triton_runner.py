@@ -131,7 +131,8 @@ class _Table:
         """Take new addresses of the gradients, and of the kept ones if the caller keeps them."""
         self.rows[:, Field.GRAD] = [grads[i] for i in self.index]
         if prev_read:
-            self.rows[:, Field.PREV_READ] = [prev_read[i] for i in self.index]
+            read = np.array([prev_read[i] for i in self.index], dtype=np.int64)
+            self.rows[:, Field.PREV_READ] = np.where(read == 0, self.rows[:, Field.PREV_WRITE], read)
         self._align()
 
 
@@ -313,15 +314,16 @@ class TritonRunner:
         kinds = {x.dtype for x in row[6:] if x is not None}
         check(len(kinds) < 2, f"prev_read[{i}] and prev_write[{i}] are of different dtypes")
         check(master is None or master.dtype == torch.float32, f"master[{i}] is not float32")
-        return _is_dense(param) and all(x is None or same_layout(x, param) for x in row)
+        return _is_dense(param) and all(x is None or (same_layout(x, param) and not x.is_neg()) for x in row)
 
 
 def _seen(rule: int, columns: list[Any], small: Sequence[Any]) -> tuple[Any, Any]:
     """Return what the table was made of: what stays as a rule, and the addresses that come and go with each step."""
     try:
         moving = tuple([0 if x is None else x.data_ptr() for x in column or ()] for column in (columns[1], columns[6]))
-        kinds = [
-            [None if x is None else (x.dtype, x.stride()) for x in column or ()] for column in (columns[1], columns[6])
+        kinds = [  # another tensor may have come to the same address
+            [None if x is None else (x.dtype, x.shape, x.stride(), x.is_neg()) for x in column or ()]
+            for column in columns
         ]
         addresses = [
             [0 if x is None else x.data_ptr() for x in columns[k]] for k in (0, 2, 3, 4, 5, 7) if columns[k] is not None

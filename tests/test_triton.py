@@ -1,6 +1,7 @@
 """The Triton backend: in the interpreter against eager, compiled for GPUs that are not here, and on one."""
 
 import ast
+import functools
 import math
 import os
 import re
@@ -13,7 +14,9 @@ import torch
 
 triton = pytest.importorskip("triton", "3.6")
 
+import emulator  # noqa: E402
 import test_ops  # noqa: E402
+from emulator.ptx import PtxDevice  # noqa: E402
 from test_ops import (  # noqa: E402
     ALL,
     CASES,
@@ -359,6 +362,60 @@ def test_the_table_is_uploaded_when_something_has_moved():
     assert kept and old
 
 
+def shorter(job):
+    return {name: [x[:10] for x in getattr(job, name)] for name in ("params", "grads", "state0", "prev_write")}
+
+
+def negated(job):
+    return {"grads": [torch._neg_view(x) for x in job.grads]}
+
+
+def differently_strided(job):
+    return {name: [x.view(5, 8).t() for x in getattr(job, name)] for name in ("params", "state0", "prev_write")}
+
+
+def halved(job):
+    return {"params": [job.params[0].view(torch.bfloat16)[:40].copy_(job.params[0].clone())]}
+
+
+@interpreted
+@pytest.mark.parametrize("change", [shorter, negated, differently_strided, halved])
+def test_other_tensors_at_the_same_addresses(change):
+    """What an operator is called with next may lie where something else has lain."""
+    job = Job(*([randn((40,), i)] for i in range(3)), prev_write=[randn((40,), 3)], hyper=hyper_row(MOMENTUM=0.9))
+    job.measure, job.counts = ALL, torch.ones(1, len(Count))
+    here, runner = job.copy(), TritonRunner(CPU)
+    for each in (job, here):
+        if change is differently_strided:
+            for name in ("params", "grads", "state0", "prev_write"):
+                setattr(each, name, [x.view(8, 5) for x in getattr(each, name)])
+    job.run("eager")
+    step(here, runner)
+    rest = here.params[0].clone()
+    for each in (job, here):
+        each.__dict__.update(change(each))
+    job.run("eager")
+    step(here, runner)
+    assert_same_bits(job, here, TRAINED)
+    assert_same_decisions(job, here, 1e-11)
+    if change is shorter:
+        assert torch.equal(here.params[0]._base[10:], rest[10:])
+
+
+@interpreted
+def test_a_previous_gradient_that_is_not_given_is_the_kept_one():
+    """Where some are given and others kept, also when the given ones have moved."""
+    job = make([(40,), (7,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL)
+    here, runner = job.copy(), TritonRunner(CPU)
+    for t in range(3):
+        for each in (job, here):
+            each.prev_read = [None, randn((7,), t)]
+        job.run("eager")
+        step(here, runner)
+        assert_same_decisions(job, here, 1e-11)
+    assert_same_bits(job, here, TRAINED)
+
+
 @interpreted
 def test_increments_versions():
     job = Job([torch.ones(3), torch.ones(3)], [torch.ones(3), None])
@@ -385,10 +442,7 @@ def test_refusals(name, changes):
 # In the interpreter: decisions, and the optimizers
 
 
-@interpreted
-@orders
-@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
-def test_decides_as_eager(loop, two_pass):
+def assert_decides_as_eager(loop, two_pass, runner):
     """Nine steps, one skipped by the scaler, one with an infinite gradient, a schedule on top, a scaled loss."""
     if loop == "skip-nonfinite" and not two_pass:
         pytest.skip("it is too late to skip when the sums come with the update")
@@ -398,7 +452,7 @@ def test_decides_as_eager(loop, two_pass):
     job.settings, job.control = new_settings(**test_ops.CLOSED_LOOPS[loop]), new_control(ring=5)
     job.table, job.decay = torch.linspace(1, 0.5, 7, dtype=torch.float64), torch.linspace(1, 0, 9, dtype=torch.float64)
     job.grad_scale, job.found_inf = torch.tensor([8.0]), torch.tensor([0.0])
-    here, runner = job.copy(), TritonRunner(CPU)
+    here = job.copy()
     for t in range(9):
         for each in (job, here):
             each.grads = [8 * randn(p.shape, 50 * t + i) for i, p in enumerate(each.params)]
@@ -413,6 +467,13 @@ def test_decides_as_eager(loop, two_pass):
     skipped = 2 if loop == "skip-nonfinite" else 1
     assert here.control[Control.SKIPPED] == skipped and here.control[Control.STEP] == 9 - skipped
     assert torch.allclose(job.history, here.history, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@interpreted
+@orders
+@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
+def test_decides_as_eager(loop, two_pass):
+    assert_decides_as_eager(loop, two_pass, TritonRunner(CPU))
 
 
 def every_way():
@@ -534,14 +595,14 @@ AHEAD = [
 ]
 
 
-def compile_for(target, constants):
-    """The binary of a kernel, as a launch on that GPU would make it."""
+def compile_for(target, constants, scaled=None):
+    """The binary of a kernel, as a launch on that GPU would make it; ``scaled``: for a step with a gradient scaler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = triton_kernels.step_kernel
     constants = {**constants, "LAYOUT": triton_kernels.LAYOUT}
-    scaled = constants["AT_RANDOM"]  # with a gradient scaler
+    scaled = constants["AT_RANDOM"] if scaled is None else scaled
     signature, known = {}, {}
     for name in kernel.arg_names:
         if name.isupper():
@@ -551,7 +612,7 @@ def compile_for(target, constants):
         else:
             small = name in ("control", "lr", "table", "decay", "history", "partials")
             signature[name] = POINTERS.get(name, "*fp64" if small else "i32")
-    options = {"enable_fp_fusion": False, "num_warps": 4}
+    options = {"enable_fp_fusion": False, "num_warps": triton_runner.WARPS}
     if target[0] == "cuda":
         options["maxnreg"] = registers(constants)
     return triton.compile(ASTSource(kernel, signature, known), target=GPUTarget(*target), options=options)
@@ -589,6 +650,191 @@ def test_compiles_ahead_of_time(name, target, tmp_path, monkeypatch):
         if name == "sgd-one-pass":  # decay, buffer, direction, parameter: of eight elements and of two
             assert len(re.findall(r"fma\.rn\.f32", ptx)) <= 6 * (8 + 2)
     assert wide[0] >= loads and wide[1] >= stores, wide
+
+
+class Elsewhere:
+    """As much of a driver as a launch asks for before there is a kernel; of a device that no machine has."""
+
+    def get_current_device(self):
+        return 77
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS["sm_90"])
+
+
+@compiled
+def test_one_optimizer_compiles_one_kernel(tmp_path, monkeypatch):
+    """Whatever the sizes are, and where the small tensors lie; another set of measures is another kernel."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, known = triton_kernels.step_kernel, []
+    compile_it = kernel._do_compile
+    monkeypatch.setattr(kernel, "_do_compile", lambda key, *rest: known.append(key) or compile_it(key, *rest))
+
+    class Launch:
+        def __getitem__(self, grid):
+            return functools.partial(kernel.run, grid=grid, warmup=True)
+
+    monkeypatch.setattr(triton_runner, "step_kernel", Launch())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Elsewhere())
+    runner = TritonRunner(CPU)
+    runner.nvidia = True
+    for shapes in ([(1,)], [(17,), (3,)], [(16 * triton_kernels.CHUNK,), *[(5,)] * 15], [(3,)] * 16):
+        job = make(shapes, Rule.SGD, hyper=hyper_row(MOMENTUM=0.9), measure=Measure.NORMS)
+        job.lr = torch.cat([f64([0.0]), job.lr])[1:]  # eight bytes after what is aligned
+        job.table = f64([1.0] * len(shapes))
+        step(job, runner)
+    assert len(known) == 1, known
+    job.measure = Measure.NORMS | Measure.DIRECTION
+    step(job, runner)
+    assert len(known) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The compiled code, executed without a GPU
+
+emulated = pytest.mark.skipif(INTERPRETED or not emulator.available, reason="runs compiled code; there is no g++")
+
+
+@functools.cache
+def ptx_for(scaled, **constants):
+    binary = compile_for(TARGETS["sm_90"], constants, scaled)
+    return binary.asm["ptx"], binary.metadata.shared
+
+
+class Emulated:
+    """In place of the kernel: a launch runs what it is compiled to, in an order that the seed decides on."""
+
+    def __init__(self, seed, change=lambda ptx: ptx):
+        self.seed, self.change = seed, change
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, *grid)
+
+    def launch(self, programs, *arguments, num_warps, enable_fp_fusion, LAYOUT, **constants):
+        assert not enable_fp_fusion and LAYOUT == triton_kernels.LAYOUT
+        found_inf, grad_scale = arguments[6:8]
+        assert (found_inf is None) == (grad_scale is None)
+        ptx, shared = ptx_for(found_inf is not None, **constants)
+        device = PtxDevice(self.change(ptx), shared, 32 * num_warps, self.seed, resident=1 + self.seed % 4)
+        self.seed += 1
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments if x is not None]
+        device.launch(programs, [*values, 0, 0])  # and Triton's scratch memory, which these kernels have no use for
+
+
+def everything(rule, row, sizes, two_pass, **kinds):
+    job = make([(n,) for n in sizes], rule, **kinds, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
+    job.settings[Setting.MAX_GRAD_NORM] = 1.0 if two_pass else math.inf
+    return job
+
+
+def rounded_at_random(kind):
+    half = {"dtype": kind, "grad_dtype": kind, "state_dtype": torch.float32, "prev": kind}
+    job = everything(*CASES["adamw"], [1025, 7], False, **half)
+    job.settings[Setting.STOCHASTIC_ROUNDING] = 1.0
+    return job
+
+
+def with_masters():
+    half = {"dtype": torch.float16, "grad_dtype": torch.float16, "state_dtype": torch.float32, "prev": torch.float32}
+    job = everything(*CASES["sgd-nesterov"], [1025, 7], True, **half)
+    job.master = [p.float() for p in job.params]
+    return job
+
+
+def in_float64():
+    double = {"dtype": torch.float64, "prev": torch.float64}
+    return everything(*CASES["sgd-nesterov"], [513, 7], False, **double)
+
+
+FLOATS = {"prev": torch.float32}
+COMPILED = {
+    "sgd": lambda: everything(*CASES["sgd-nesterov"], [0, 1, 255, 257, 16_385, 1025], False, **FLOATS),
+    "amsgrad-two-passes": lambda: everything(*CASES["adamw-amsgrad"], [1, 255, 257, 16_385, 1025], True, **FLOATS),
+    "bf16-at-random": lambda: rounded_at_random(torch.bfloat16),
+    "fp16-at-random": lambda: rounded_at_random(torch.float16),
+    "fp16-masters-two-passes": with_masters,
+    "float64": in_float64,
+    "several-dtypes": mixed_rows,
+}
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_code_has_the_bits_of_eager(name, monkeypatch):
+    """With several programs, in any order of their threads, and without a race: layouts, roundings, barriers."""
+    kernel = Emulated(seed=0)
+    monkeypatch.setattr(triton_runner, "step_kernel", kernel)
+    for seed, programs in ((0, 1), (7, 2), (14, 5)):
+        job = COMPILED[name]()
+        job.counts[:] = 1.0
+        if job.state0 and job.state0[-2] is None:
+            job.state0[-2] = torch.zeros_like(job.params[-2])
+        here, runner = job.copy(), TritonRunner(CPU, programs)
+        kernel.seed = seed
+        for t in range(2):
+            for i, p in enumerate(job.params):
+                if job.grads[i] is not None:
+                    job.grads[i] = randn(p.shape, 31 * t + i, job.grads[i].dtype)
+                    here.grads[i] = job.grads[i].clone()
+            job.run("eager")
+            step(here, runner)
+            assert not runner._counters.any()
+        assert_same_bits(job, here, (*TRAINED, "master"))
+        assert_same_decisions(job, here, 1e-11)
+
+
+@emulated
+@pytest.mark.slow
+@orders
+@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
+def test_compiled_code_decides_as_eager(loop, two_pass, monkeypatch):
+    monkeypatch.setattr(triton_runner, "step_kernel", Emulated(seed=3))
+    assert_decides_as_eager(loop, two_pass, TritonRunner(CPU, 2))
+
+
+def without_barrier_after(instruction):
+    def change(ptx):
+        barrier = ptx.index("bar.sync", ptx.index(instruction))
+        return ptx[:barrier] + "// " + ptx[barrier:]
+
+    return change
+
+
+def with_another(old, new):
+    def change(ptx):
+        assert old in ptx
+        return ptx.replace(old, new)
+
+    return change
+
+
+BROKEN = {
+    "measured-not-released": with_another("gpu.acq_rel.add", "gpu.acquire.add"),
+    "measured-not-acquired": with_another("gpu.acq_rel.add", "gpu.release.add"),
+    "decision-not-released": with_another("gpu.release.exch", "gpu.relaxed.exch"),
+    "decision-not-acquired": with_another("ld.global.gpu.acquire", "ld.global.gpu.relaxed"),
+    "no-barrier-before-the-ticket-is-read": without_barrier_after("atom.global.gpu.relaxed.add"),
+    "no-barrier-before-the-decision-is-read": without_barrier_after("ld.global.gpu.acquire"),
+}
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_broken_compiled_code_is_noticed(change, monkeypatch):
+    """So the tests above would notice it: what orders the programs' accesses is there for a reason."""
+    monkeypatch.setattr(triton_runner, "step_kernel", Emulated(0, change))
+    with pytest.raises(emulator.EmulatedError, match=r"race on|no thread has written"):
+        for seed in range(6):
+            triton_runner.step_kernel.seed = seed
+            job = everything(*CASES["adamw-amsgrad"], [300, 300, 300, 300], True, **FLOATS)
+            step(job, TritonRunner(CPU, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -654,7 +900,8 @@ def test_gpu_one_launch_and_no_wait():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    there = [event for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    kernels = [event.name for event in there if not event.is_user_annotation]
     assert [name for name in kernels if "Memcpy" not in name] == ["step_kernel"]
 
 
@@ -667,6 +914,7 @@ def test_gpu_capture():
     params, captured = trained_on_gpu(shapes, backend="triton", schedule=schedule)
     others, plain = trained_on_gpu(shapes, backend="triton", schedule=schedule)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             captured.step()

@@ -78,6 +78,7 @@ uint64_t atomic(Operation, void* address, int size, bool is_signed, uint64_t val
 void fence();
 void sleep();
 void read_only(const void* address, size_t size);
+void write_alike(void* address, const void* value, size_t size);
 [[noreturn]] void fail(const char* what);
 int lane();
 

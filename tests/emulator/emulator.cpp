@@ -643,6 +643,17 @@ void read_only(const void* memory, size_t size) {
       FAIL(me, " at {%zx}: __ldg of %#zx, which this launch has written", offset(PLACE), at);
 }
 
+// Threads that hold the same value may all write it: the memory changes once.
+void write_alike(void* memory, const void* value, size_t size) {
+  Fiber& me = *current();
+  const Inside guard;
+  point(me, PLACE, false);
+  if (std::memcmp(memory, value, size) == 0) return;
+  access(me, memory, size, true, false, PLACE);
+  std::memcpy(memory, value, size);
+  progress(me);
+}
+
 template <class T>
 T combine(Operation operation, T old, T value, T compare) {
   switch (operation) {
