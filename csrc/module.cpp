@@ -39,18 +39,22 @@ struct View : DLTensor {
 
   void* memory() const { return static_cast<char*>(data) + byte_offset; }
 
-  // False, with no error set, for what is no tensor of this device's memory.
-  bool read(PyObject* object, DLDevice wanted = kHost) {
+  // False, with no error set, for what is no tensor with memory.
+  bool read(PyObject* object) {
     present = object != Py_None;
     if (!present) return true;
     if (!handles::read(object, this) && exchange->dltensor_from_py_object_no_sync(object, this) != 0) {
       PyErr_Clear();
       return false;
     }
-    if (device.device_type != wanted.device_type ||
-        (wanted.device_type != kDLCPU && device.device_id != wanted.device_id))
-      return false;
     return data || empty();  // a subclass may have no memory of its own
+  }
+
+  // Likewise for what is none of this device's.
+  bool read(PyObject* object, DLDevice wanted) {
+    if (!read(object)) return false;
+    const bool same = wanted.device_type == kDLCPU || device.device_id == wanted.device_id;
+    return !present || (device.device_type == wanted.device_type && same);
   }
 
   bool is(DLDataTypeCode code, int bits) const { return dtype.code == code && dtype.bits == bits && dtype.lanes == 1; }
@@ -410,6 +414,37 @@ PyObject* versions(PyObject*, PyObject* tensors) {
   return attributes(tensors, handles::version);
 }
 
+// Everything but the values: two calls with equal answers have had the same memory in the same layouts.
+PyObject* seen(PyObject*, PyObject* tensors) {
+  if (!PyList_Check(tensors)) return error("seen() takes a list of tensors");
+  const Py_ssize_t size = PyList_Size(tensors);
+  std::vector<int64_t> layouts, addresses;
+  layouts.reserve(size_t(size) * 12);
+  addresses.reserve(size_t(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* tensor = PyList_GetItem(tensors, i);
+    View view;
+    if (tensor == Py_None) {
+      layouts.push_back(-1);
+      addresses.push_back(0);
+      continue;
+    }
+    if (!view.read(tensor)) Py_RETURN_NONE;
+    const bool negative = view.numel() == 1 && sign_is_pending(tensor);
+    for (int64_t word : {view.ndim, int32_t(view.dtype.code), int32_t(view.dtype.bits), int32_t(negative),
+                         int32_t(view.device.device_type), view.device.device_id})
+      layouts.push_back(word);
+    layouts.insert(layouts.end(), view.shape, view.shape + view.ndim);
+    layouts.insert(layouts.end(), view.strides, view.strides + view.ndim);
+    addresses.push_back(reinterpret_cast<int64_t>(view.memory()));
+  }
+  const auto bytes = [](const std::vector<int64_t>& words) {
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+  };
+  const Reference first(bytes(layouts)), second(bytes(addresses));
+  return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
+}
+
 PyObject* holds(PyObject*, PyObject* args) {
   PyObject *container, *values;
   if (!PyArg_ParseTuple(args, "OO", &container, &values)) return nullptr;
@@ -448,6 +483,8 @@ PyMethodDef methods[] = {
      "locate(tensors): looks for the handle in a torch.Tensor and a torch.nn.Parameter; whether it is found."},
     {"holds", holds, METH_VARARGS,
      "holds(container, values): whether these very objects are a list's items, or a dictionary's values, in order."},
+    {"seen", seen, METH_O,
+     "seen(tensors): as bytes, what each is (dtype, device, sizes, strides), and where; None where one has no memory."},
     {"gradients", gradients, METH_O, "gradients(params): the list of their .grad."},
     {"versions", versions, METH_O, "versions(tensors): the list of their ._version, and None for None."},
     {"run", run, METH_VARARGS, run_doc},

@@ -30,6 +30,7 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,7 @@ __all__ = [
     "run_eager",
     "run_native",
     "same_layout",
+    "seen",
     "versions",
 ]
 
@@ -295,6 +297,21 @@ def gradients(params: list[Tensor]) -> list[Tensor | None]:
 def versions(tensors: list[Tensor | None]) -> list[int | None]:
     """Return each tensor's version, a count that rises when it is changed in place; None for None."""
     return [None if t is None else t._version for t in tensors] if _C is None else _C.versions(tensors)
+
+
+def seen(tensors: list[Tensor | None]) -> tuple[Any, bytes] | None:
+    """Return what each tensor is (dtype, device, sizes, strides), and where, as int64; None where one has no memory.
+
+    Two calls with equal answers have had the same memory in the same layouts.
+    """
+    if _C is not None:
+        return _C.seen(tensors)
+    try:
+        layouts = [None if x is None else (x.dtype, x.device, x.shape, x.stride(), x.is_neg()) for x in tensors]
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    except (AttributeError, RuntimeError):
+        return None
+    return layouts, np.array(addresses, dtype=np.int64).tobytes()
 
 
 def holds(container: list[Any] | dict[Any, Any], values: list[Any]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check
 from .layout import HYPERS, RING_AT, STATS, Count, Hyper, Rule, Setting, Sum, Verb
-from .ops import LISTS, listed, run_copies, same_layout
+from .ops import LISTS, READ_ONLY, listed, run_copies, same_layout, seen
 from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
 
 __all__ = ["TritonRunner", "why_not"]
@@ -127,11 +127,11 @@ class _Table:
         addresses = self.rows[:, Field.PARAM : Field.PREV_WRITE + 1]
         self.rows[:, Field.ALIGNED] = (addresses % 16 == 0).all(axis=1)
 
-    def move(self, grads: Sequence[int], prev_read: Sequence[int]) -> None:
+    def move(self, grads: bytes, prev_read: bytes) -> None:
         """Take new addresses of the gradients, and of the kept ones if the caller keeps them."""
-        self.rows[:, Field.GRAD] = [grads[i] for i in self.index]
+        self.rows[:, Field.GRAD] = np.frombuffer(grads, np.int64)[self.index]
         if prev_read:
-            read = np.array([prev_read[i] for i in self.index], dtype=np.int64)
+            read = np.frombuffer(prev_read, np.int64)[self.index]
             self.rows[:, Field.PREV_READ] = np.where(read == 0, self.rows[:, Field.PREV_WRITE], read)
         self._align()
 
@@ -319,21 +319,14 @@ class TritonRunner:
 
 def _seen(rule: int, columns: list[Any], small: Sequence[Any]) -> tuple[Any, Any]:
     """Return what the table was made of: what stays as a rule, and the addresses that come and go with each step."""
+    groups, _, _, settings, _, hyper = small[:6]
     try:
-        moving = tuple([0 if x is None else x.data_ptr() for x in column or ()] for column in (columns[1], columns[6]))
-        kinds = [  # another tensor may have come to the same address
-            [None if x is None else (x.dtype, x.shape, x.stride(), x.is_neg()) for x in column or ()]
-            for column in columns
-        ]
-        addresses = [
-            [0 if x is None else x.data_ptr() for x in columns[k]] for k in (0, 2, 3, 4, 5, 7) if columns[k] is not None
-        ]
-        told = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in small]
-        groups, _, _, settings, _, hyper = small[:6]
+        layouts, addresses = zip(*(seen(column or []) for column in [*columns, list(small)]), strict=True)
         values = [x.numpy().tobytes() for x in (groups, settings, hyper)]
-        return (int(rule), [len(c) if c else None for c in columns], kinds, addresses, told, values), moving
     except (AttributeError, RuntimeError, TypeError):  # no tensors of this kind: the check says what is wrong
         return None, None
+    stays = [address for k, address in enumerate(addresses) if k not in READ_ONLY]
+    return (int(rule), layouts, stays, values), [addresses[k] for k in READ_ONLY]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import setuptools
 import torch
@@ -338,6 +339,30 @@ def test_versions_rise_with_every_change_in_place():
     tensors[0].add_(1)
     tensors[1].add_(1).mul_(2)
     assert ops.versions([*tensors, torch.zeros(1).as_subclass(Other)]) == [1, 2, None, "its own"]
+
+
+BASE, ONE = torch.zeros(4, 4), torch.ones(1)
+TOLD_APART = {
+    "another place": (BASE[0], BASE[1]),
+    "another size": (BASE[0, :3], BASE[0, :2]),
+    "other strides": (BASE, BASE.t()),
+    "another number of dimensions": (BASE[0], BASE[:1]),
+    "another dtype": (BASE, BASE.view(torch.int32)),
+    "none": (BASE, None),
+    "minus": (ONE, torch._neg_view(ONE)),
+}
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False], ids=["native", "python"])
+@pytest.mark.parametrize(("a", "b"), TOLD_APART.values(), ids=TOLD_APART)
+def test_what_is_seen_of_tensors_tells_them_apart(a, b, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(ops, "_C", None)
+    assert ops.seen([a, None, torch.nn.Parameter(BASE)]) != ops.seen([b, None, torch.nn.Parameter(BASE)])
+    assert ops.seen([a, b]) == ops.seen([a, b])
+    assert ops.seen([a])[1] == np.array([a.data_ptr()]).tobytes()
+    assert ops.seen([a, BASE.to_sparse()]) is None
+    assert ops.seen([a, "a tensor"]) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
