@@ -37,10 +37,10 @@ class constant:
     """The same batch size in every epoch.
 
     Args:
-        batch_size: Samples per batch.
+        batch_size: samples per batch.
 
     Raises:
-        ValueError: If ``batch_size`` is no whole number, or below 1.
+        ValueError: if ``batch_size`` is no whole number, or below 1.
     """
 
     batch_size: int
@@ -68,14 +68,14 @@ class exponential:
     The last form bends the growth so that the run's last rung is exactly ``maximum``.
 
     Args:
-        initial: Samples per batch in epoch 0.
-        growth: Factor per rung, above 1; default 2.
-        every: Epochs per rung; default 1.
-        maximum: Largest batch, in samples; default None, no bound.
-        epochs: Length of the run, which needs ``maximum``; default None.
+        initial: samples per batch in epoch 0.
+        growth: factor per rung, above 1 (default: 2).
+        every: epochs per rung (default: 1).
+        maximum: largest batch, in samples (default: None, no bound).
+        epochs: length of the run, which needs ``maximum`` (default: None).
 
     Raises:
-        ValueError: If the formula is not defined for a setting.
+        ValueError: if the formula is not defined for a setting.
 
     Source: Kondo, Iiduka, 2025, arXiv 2508.03105, the first and the last form; the plain cap is ours.
     """
@@ -138,13 +138,13 @@ def steps_per_epoch(batch_size: BatchSize, dataset_size: int, epochs: int, drop_
     """Count the batches of each epoch: ``ceil(dataset_size / batch_size(epoch))``.
 
     Args:
-        batch_size: Samples per batch, an int or a callable ``epoch -> int``.
-        dataset_size: Samples per epoch. With several processes give both sizes per process, or both in total.
-        epochs: Length of the run.
-        drop_last: Leave out an epoch's last batch when it is not full; default False.
+        batch_size: samples per batch, an int or a callable ``epoch -> int``.
+        dataset_size: samples per epoch. With several processes give both sizes per process, or both in total.
+        epochs: length of the run.
+        drop_last: leave out an epoch's last batch when it is not full (default: False).
 
     Raises:
-        ValueError: If a size is below 1, a batch size is no integer, or ``epochs`` is below 0.
+        ValueError: if a size is below 1, a batch size is no integer, or ``epochs`` is below 0.
     """
     check(dataset_size >= 1, f"dataset_size must be at least 1, got {dataset_size}")
     check(epochs >= 0, f"epochs must be at least 0, got {epochs}")
@@ -164,11 +164,11 @@ def accumulation_steps(batch_size: int, max_micro_batch: int) -> int:
     single samples.
 
     Args:
-        batch_size: Samples per update; for an epoch's last, shorter batch give ``len(batch)``.
-        max_micro_batch: The most samples that fit in memory at once.
+        batch_size: samples per update; for an epoch's last, shorter batch give ``len(batch)``.
+        max_micro_batch: the most samples that fit in memory at once.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: if a size is below 1.
     """
     check(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
     check(max_micro_batch >= 1, f"max_micro_batch must be at least 1, got {max_micro_batch}")
@@ -216,15 +216,15 @@ class ScheduledBatchSampler(Sampler[list[int]]):
     an epoch the sampler is already at the next.
 
     Args:
-        sampler: A sampler, or any iterable with a length, of the dataset's indices.
-        batch_size: Samples per batch and process, an int or a callable ``epoch -> int``.
-        drop_last: Leave out an epoch's last batch when it is not full; default False.
+        sampler: a sampler, or any iterable with a length, of the dataset's indices.
+        batch_size: samples per batch and process, an int or a callable ``epoch -> int``.
+        drop_last: leave out an epoch's last batch when it is not full (default: False).
 
     Attributes:
-        epoch: The epoch under way or, between two, the one that comes next.
+        epoch: the epoch under way or, between two, the one that comes next.
 
     Raises:
-        ValueError: If ``sampler`` has no length, or a batch size is not an integer of at least 1.
+        ValueError: if ``sampler`` has no length, or a batch size is not an integer of at least 1.
     """
 
     def __init__(self, sampler: Iterable[int], batch_size: BatchSize, drop_last: bool = False) -> None:
@@ -266,11 +266,11 @@ class ScheduledBatchSampler(Sampler[list[int]]):
         """Return the position: ``epoch``, ``samples`` consumed in it, ``generator`` state at its start.
 
         Args:
-            consumed: Batches the loop has taken since its ``iter``, as ``enumerate(loader, 1)`` counts;
-                default None, all that were drawn: right without workers, too many with them.
+            consumed: batches the loop has taken since its ``iter``, as ``enumerate(loader, 1)`` counts
+                (default: None, all that were drawn: right without workers, too many with them).
 
         Raises:
-            ValueError: If ``consumed`` is below 0 or above the number of batches that were drawn.
+            ValueError: if ``consumed`` is below 0 or above the number of batches that were drawn.
         """
         now = self._pass
         drawn = 0 if now is None else now.drawn
@@ -291,7 +291,7 @@ class ScheduledBatchSampler(Sampler[list[int]]):
         """Go to a position that ``state_dict`` returned; the next iteration yields what was left.
 
         Raises:
-            ValueError: If ``state_dict`` is not one of this class.
+            ValueError: if ``state_dict`` is not one of this class.
         """
         keys = {"epoch", "samples", "generator"}
         check(keys == set(state_dict), f"a state has the keys {sorted(keys)}, got {sorted(state_dict)}")

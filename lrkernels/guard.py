@@ -85,9 +85,9 @@ class Event:
     """Something the guard has noticed.
 
     Args:
-        step: How many steps it had seen.
+        step: how many steps it had seen.
         kind: ``"rollback"``, ``"stop"``, ``"min_lr"``, ``"max_lr"`` or ``"grad_norm"``.
-        message: The same in words.
+        message: the same in words.
     """
 
     step: int
@@ -137,24 +137,24 @@ class Guard:
     several processes give each the same loss, the mean over them all: they must decide alike.
 
     Args:
-        optimizer: One of ours or of torch's.
-        model: The module, or modules, whose buffers (BatchNorm's statistics, ...) go back too; default None.
-        others: What else has ``state_dict`` and ``load_state_dict`` and is to go back: torch's schedulers,
-            ``GradScaler``, averaged weights; default none.
-        check_every: Steps between two looks; default 50.
-        patience: How many losses in a row, far above the median, are a divergence; default 10.
-        threshold: How far that is; default 1.
-        norm_threshold: How many times the median a gradient norm may be; default 10.
-        memory: How many good losses, and norms, the medians are taken over; default 200.
-        snapshot_every: Steps between two snapshots, or a little more: they are taken at a look; default 500.
-        snapshot_device: Where snapshots are kept; default None, beside what they are copies of. ``"cpu"`` spares the
+        optimizer: one of ours or of torch's.
+        model: the module, or modules, whose buffers (BatchNorm's statistics, ...) go back too (default: None).
+        others: what else has ``state_dict`` and ``load_state_dict`` and is to go back: torch's schedulers,
+            ``GradScaler``, averaged weights (default: none).
+        check_every: steps between two looks (default: 50).
+        patience: how many losses in a row, far above the median, are a divergence (default: 10).
+        threshold: how far that is (default: 1).
+        norm_threshold: how many times the median a gradient norm may be (default: 10).
+        memory: how many good losses, and norms, the medians are taken over (default: 200).
+        snapshot_every: steps between two snapshots, or a little more: they are taken at a look (default: 500).
+        snapshot_device: where snapshots are kept (default: None, beside what they are copies of). ``"cpu"`` spares the
             device's memory.
-        max_rollbacks: How many times to go back before giving up; default 3.
-        lr_factor: What a rollback multiplies the rates by; default 0.5.
-        history_size: Steps that ``history()`` goes back; default 10 000, None keeps all.
+        max_rollbacks: how many times to go back before giving up (default: 3).
+        lr_factor: what a rollback multiplies the rates by (default: 0.5).
+        history_size: steps that ``history()`` goes back (default: 10 000, None keeps all).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -205,13 +205,13 @@ class Guard:
         """Note a step that the optimizer has done, and look at the last ones if it is time.
 
         Args:
-            loss: Of this step; a tensor of one element is not waited for.
+            loss: of this step; a tensor of one element is not waited for.
 
         Returns:
             Whether the run went back.
 
         Raises:
-            RuntimeError: If it has diverged once more after ``max_rollbacks``; parameters and state are good.
+            RuntimeError: if it has diverged once more after ``max_rollbacks``; parameters and state are good.
         """
         stats = getattr(self.optimizer, "stats", None)
         norm, lr = (stats.get("grad_norm"), stats.get("lr")) if isinstance(stats, Mapping) else (None, None)
@@ -228,7 +228,7 @@ class Guard:
             Whether the run went back.
 
         Raises:
-            RuntimeError: As ``step``.
+            RuntimeError: as ``step``.
         """
         rows = self._unread()
         self._noted.clear()

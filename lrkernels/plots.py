@@ -61,12 +61,12 @@ def histories(
     The quantities are those that every history holds. Noisy ones are drawn step by step (faint) and as a running mean.
 
     Args:
-        columns: Title -> run's name -> history, as ``FusedSGD.history()`` returns it, ``"loss"`` may be added.
-        path: The picture to write.
-        max_grad_norm: Marks the norm to which gradients were clipped (default: None).
+        columns: title -> run's name -> history, as ``FusedSGD.history()`` returns it, ``"loss"`` may be added.
+        path: the picture to write.
+        max_grad_norm: marks the norm to which gradients were clipped (default: None).
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: if there is nothing to draw.
     """
     everything = [history for runs in columns.values() for history in runs.values()]
     keys = [key for key in PANELS if all(np.isfinite(history.get(key, np.nan)).any() for history in everything)]
@@ -98,11 +98,11 @@ def refined(
     """Draw the gradient norms of a run, as recorded and smoothed, above the schedule refined from them.
 
     Args:
-        norms: The recorded norms, one per step.
-        schedule: The refined multipliers, one per step of the run to come.
-        path: The picture to write.
-        norm: The kind of norm, for the label (default: ``"l2"``).
-        smoothing: Width of the running median, as given to ``schedules.refined`` (default: 0.1).
+        norms: the recorded norms, one per step.
+        schedule: the refined multipliers, one per step of the run to come.
+        path: the picture to write.
+        norm: the kind of norm, for the label (default: ``"l2"``).
+        smoothing: width of the running median, as given to ``schedules.refined`` (default: 0.1).
     """
     norms, schedule = np.asarray(norms, dtype=float), np.asarray(schedule, dtype=float)
     finite = norms[np.isfinite(norms)]

@@ -22,9 +22,9 @@ class Recipe(NamedTuple):
     """What ``sgdm`` returns.
 
     Attributes:
-        schedule: The learning rate's multiplier, ``step -> float``.
-        batch_sizes: The batch size, ``epoch -> int``, for ``ScheduledBatchSampler``.
-        total_steps: Length of the run in steps.
+        schedule: the learning rate's multiplier, ``step -> float``.
+        batch_sizes: the batch size, ``epoch -> int``, for ``ScheduledBatchSampler``.
+        total_steps: length of the run in steps.
     """
 
     schedule: Schedule
@@ -85,28 +85,28 @@ def sgdm(
     with ``epochs``.
 
     Args:
-        kind: One of the four above.
-        dataset_size: Samples per epoch; with several processes per process, as the batch sizes are.
-        epochs: Length of the run.
-        batch_size: Samples per batch, in the first epoch if it grows; default 128 constant, 8 growing.
-        max_batch_size: Size of the last batches, in samples; default 4096. None grows without a bound.
-        growth: Factor of the batch size, above 1; default 2.
-        every: Epochs between two growths; default ``epochs // 10``, 30 in the paper.
+        kind: one of the four above.
+        dataset_size: samples per epoch; with several processes per process, as the batch sizes are.
+        epochs: length of the run.
+        batch_size: samples per batch, in the first epoch if it grows (default: 128 constant, 8 growing).
+        max_batch_size: size of the last batches, in samples (default: 4096). None grows without a bound.
+        growth: factor of the batch size, above 1 (default: 2).
+        every: epochs between two growths (default: ``epochs // 10``, 30 in the paper).
         lr_decay: ``"constant"`` (default), ``"inverse_sqrt"``, ``"cosine"`` (by epoch), ``"linear"`` or
             ``"polynomial"``; after a warm-up constant or cosine, with a growing rate only constant.
-        power: Of the polynomial decay; default 2.
-        final: Multiplier at the end of a cosine, linear or polynomial decay; default 0.
-        max_lr_ratio: Largest rate over ``lr``, where the rate grows; default 5. The paper has 2, 5 and 10.
-        momentum: The optimizer's, for the convergence condition; default 0.9.
-        warmup_epochs: Length of the warm-up; default ``epochs // 10``, 30 in the paper, and at least 2.
-        warmup_every: Epochs between two growths in it; default ``warmup_epochs // 10``, 3 in the paper.
-        drop_last: As in ``ScheduledBatchSampler``; default False.
+        power: of the polynomial decay (default: 2).
+        final: multiplier at the end of a cosine, linear or polynomial decay (default: 0).
+        max_lr_ratio: largest rate over ``lr``, where the rate grows (default: 5). The paper has 2, 5 and 10.
+        momentum: the optimizer's, for the convergence condition (default: 0.9).
+        warmup_epochs: length of the warm-up (default: ``epochs // 10``, 30 in the paper, and at least 2).
+        warmup_every: epochs between two growths in it (default: ``warmup_epochs // 10``, 3 in the paper).
+        drop_last: as in ``ScheduledBatchSampler`` (default: False).
 
     Returns:
         ``(schedule, batch_sizes, total_steps)``.
 
     Raises:
-        ValueError: If a setting is out of range, or ``kind`` has no such ``lr_decay``.
+        ValueError: if a setting is out of range, or ``kind`` has no such ``lr_decay``.
 
     Warns:
         UserWarning: If ``gamma`` breaks the convergence condition.
@@ -185,11 +185,11 @@ def self_tuning(total_steps: int, **settings: Any) -> Product:
     Give the optimizer ``max_grad_norm=1`` as well, so that a first rate that is far too high does no harm.
 
     Args:
-        total_steps: Length of the run in steps, at least 2.
-        **settings: For ``schedules.alignment``: ``kappa``, ``bias``, ``lag``, ``min_lr``, ``max_lr``.
+        total_steps: length of the run in steps, at least 2.
+        **settings: for ``schedules.alignment``: ``kappa``, ``bias``, ``lag``, ``min_lr``, ``max_lr``.
 
     Raises:
-        ValueError: If ``total_steps`` is below 2, or a setting is out of range.
+        ValueError: if ``total_steps`` is below 2, or a setting is out of range.
 
     Source: this project.
     """

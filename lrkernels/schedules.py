@@ -128,9 +128,9 @@ class Schedule:
     It holds the function that made it and the arguments, so it can be pickled, copied, compared and printed.
 
     Attributes:
-        factory: The function that made it, for example ``linear``.
-        arguments: What was passed to it, by name, with the defaults.
-        total_steps: The step from which the value no longer changes; None if it never does, or nobody knows.
+        factory: the function that made it, for example ``linear``.
+        arguments: what was passed to it, by name, with the defaults.
+        total_steps: the step from which the value no longer changes; None if it never does, or nobody knows.
     """
 
     factory: Callable[..., Schedule]
@@ -157,7 +157,7 @@ def schedule(
     """Turn a formula ``f(step, ...) -> float`` into a function ``f(...) -> Schedule``.
 
     Args:
-        settles: Called with the arguments by name, without the step; returns ``Schedule.total_steps``, and is
+        settles: called with the arguments by name, without the step; returns ``Schedule.total_steps``, and is
             the place to refuse arguments that contradict each other.
 
     Returns:
@@ -215,12 +215,12 @@ def linear(step: int, total_steps: Count, warmup_steps: Steps = 0, final: Multip
     """Fall along a line: ``1 - (1 - final) * x``, the optimal non-adaptive schedule in the worst case.
 
     Args:
-        total_steps: Length of the run in steps, with the warm-up; the value is ``final`` from there on.
-        warmup_steps: First a linear rise, ``step / warmup_steps``; default 0, none. The decay takes the rest.
-        final: The last multiplier, a fraction of ``lr``; default 0.
+        total_steps: length of the run in steps, with the warm-up; the value is ``final`` from there on.
+        warmup_steps: first a linear rise, ``step / warmup_steps`` (default: 0, none). The decay takes the rest.
+        final: the last multiplier, a fraction of ``lr`` (default: 0).
 
     Raises:
-        ValueError: If ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
+        ValueError: if ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
 
     Source: Defazio, Cutkosky, Mehta, Mishchenko, 2023, arXiv 2310.07831.
     """
@@ -233,12 +233,12 @@ def cosine(step: int, total_steps: Count, warmup_steps: Steps = 0, final: Multip
     """Fall along half a cosine: ``final + (1 - final) * (1 + cos(pi * x)) / 2``.
 
     Args:
-        total_steps: Length of the run in steps, with the warm-up; the value is ``final`` from there on.
-        warmup_steps: First a linear rise, ``step / warmup_steps``; default 0, none. The decay takes the rest.
-        final: The last multiplier, a fraction of ``lr``; default 0.
+        total_steps: length of the run in steps, with the warm-up; the value is ``final`` from there on.
+        warmup_steps: first a linear rise, ``step / warmup_steps`` (default: 0, none). The decay takes the rest.
+        final: the last multiplier, a fraction of ``lr`` (default: 0).
 
     Raises:
-        ValueError: If ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
+        ValueError: if ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
 
     Source: Loshchilov, Hutter, 2017, arXiv 1608.03983, equation 5, without restarts.
     """
@@ -253,13 +253,13 @@ def polynomial(
     """Fall along a power of what is left of the run: ``final + (1 - final) * (1 - x) ** power``.
 
     Args:
-        total_steps: Length of the run in steps, with the warm-up; the value is ``final`` from there on.
-        warmup_steps: First a linear rise, ``step / warmup_steps``; default 0, none. The decay takes the rest.
-        final: The last multiplier, a fraction of ``lr``; default 0.
-        power: Above 1 falls early, below 1 falls late; default 1, a line.
+        total_steps: length of the run in steps, with the warm-up; the value is ``final`` from there on.
+        warmup_steps: first a linear rise, ``step / warmup_steps`` (default: 0, none). The decay takes the rest.
+        final: the last multiplier, a fraction of ``lr`` (default: 0).
+        power: above 1 falls early, below 1 falls late (default: 1, a line).
 
     Raises:
-        ValueError: If ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
+        ValueError: if ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
     """
     x = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + (1 - final) * (1 - x) ** power
@@ -270,10 +270,10 @@ def inverse_sqrt(step: int, warmup_steps: Steps = 0) -> float:
     """Fall with the root of the steps: ``sqrt(warmup_steps / step)``; no warm-up: ``1 / sqrt(step + 1)``.
 
     Args:
-        warmup_steps: First a linear rise, ``step / warmup_steps``, up to 1; default 0, none.
+        warmup_steps: first a linear rise, ``step / warmup_steps``, up to 1 (default: 0, none).
 
     Raises:
-        ValueError: If ``warmup_steps`` is not a whole number, at least 0.
+        ValueError: if ``warmup_steps`` is not a whole number, at least 0.
 
     Source: Vaswani et al., 2017, arXiv 1706.03762, equation 3, scaled to peak at 1.
     """
@@ -285,11 +285,11 @@ def exponential(step: int, decay: Shrinkage, every: Count = 1) -> float:
     """Shrink by a factor at regular intervals: ``decay ** (step // every)``.
 
     Args:
-        decay: The factor, above 0 and at most 1.
-        every: The interval in steps; default 1.
+        decay: the factor, above 0 and at most 1.
+        every: the interval in steps (default: 1).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     return decay ** (step // every)
 
@@ -312,12 +312,12 @@ def staircase(step: int, growth: Growth, every: Count, maximum: Maximum = None) 
     batches' own factor and ``1 / momentum ** 2``.
 
     Args:
-        growth: The factor, at least 1.
-        every: The interval in steps.
-        maximum: The last multiplier; default None, no limit.
+        growth: the factor, at least 1.
+        every: the interval in steps.
+        maximum: the last multiplier (default: None, no limit).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Source: Kondo, Iiduka, 2025, arXiv 2508.03105, case (iii).
     """
@@ -344,15 +344,15 @@ def wsd(
     """Warm up, stay at 1, decay: ``final + (1 - final) * c(x)`` with ``x`` the progress through the decay.
 
     Args:
-        total_steps: Length of the run in steps; the value is ``final`` from there on.
-        warmup_steps: Length of the linear rise, ``step / warmup_steps``; 0 for none.
-        decay_steps: Length of the decay at the end.
-        final: The last multiplier, a fraction of ``lr``; default 0.
-        decay: The shape ``c``: ``"linear"``, ``1 - x`` (default); ``"sqrt"``, ``1 - sqrt(x)``; ``"cosine"``,
+        total_steps: length of the run in steps; the value is ``final`` from there on.
+        warmup_steps: length of the linear rise, ``step / warmup_steps``; 0 for none.
+        decay_steps: length of the decay at the end.
+        final: the last multiplier, a fraction of ``lr`` (default: 0).
+        decay: the shape ``c``: ``"linear"``, ``1 - x`` (default); ``"sqrt"``, ``1 - sqrt(x)``; ``"cosine"``,
             ``(1 + cos(pi * x)) / 2``.
 
     Raises:
-        ValueError: If warm-up and decay are longer than the run, or an argument is out of range.
+        ValueError: if warm-up and decay are longer than the run, or an argument is out of range.
 
     Source: Hu et al., 2024, arXiv 2404.06395; the sqrt cooldown: Hägele et al., 2024, arXiv 2405.18392.
     """
@@ -377,17 +377,17 @@ def uba(
     schedule; ``offset`` and ``phases`` are a reconstruction.
 
     Args:
-        total_steps: Length of the run in steps, with the warm-up; the value is ``final`` from there on.
-        phi: Above 0. 2 is the cosine, less stays high and drops late, more falls early. A guess of ours, not
+        total_steps: length of the run in steps, with the warm-up; the value is ``final`` from there on.
+        phi: above 0. 2 is the cosine, less stays high and drops late, more falls early. A guess of ours, not
             the paper's: 5 for SGD, 0.5 for AdamW; in our own runs 5 was nowhere best, and 0.25 to 1 were.
-        warmup_steps: First a linear rise, ``step / warmup_steps``; default 0, none. The decay takes the rest.
-        final: The last multiplier, a fraction of ``lr``; default 0.
-        offset: Default 0, the angles of the cosine. 0.5 gives Chebyshev's nodes: for a quadratic of condition
-            number K, ``phi`` 2 K and ``final`` 1 / K then minimise the worst case.
-        phases: How often the curve is run, over equal parts of the steps after the warm-up; default 1.
+        warmup_steps: first a linear rise, ``step / warmup_steps`` (default: 0, none). The decay takes the rest.
+        final: the last multiplier, a fraction of ``lr`` (default: 0).
+        offset: 0 takes the angles of the cosine, 0.5 Chebyshev's nodes: for a quadratic of condition number K,
+            ``phi`` 2 K and ``final`` 1 / K then minimise the worst case (default: 0).
+        phases: how often the curve is run, over equal parts of the steps after the warm-up (default: 1).
 
     Raises:
-        ValueError: If ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
+        ValueError: if ``warmup_steps`` leaves no step for the decay, or an argument is out of range.
 
     Source: Tang et al., 2025, arXiv 2505.24452.
     """
@@ -405,10 +405,10 @@ def table(step: int, values: Table) -> float:
     """Read the multiplier of each step from a list, ``values[step]``, and stay at the last one.
 
     Args:
-        values: One multiplier per step; a list or a one-dimensional array.
+        values: one multiplier per step; a list or a one-dimensional array.
 
     Raises:
-        ValueError: If there is none, or one is negative or not finite.
+        ValueError: if there is none, or one is negative or not finite.
     """
     return values[min(step, len(values) - 1)]  # type: ignore[index, arg-type, return-value]
 
@@ -437,12 +437,12 @@ def refined(
     falling late norms a fast decay, and constant norms a linear one. The last value is 0.
 
     Args:
-        grad_norms: One norm per step, of the gradient before clipping. Those that are not finite are dropped
+        grad_norms: one norm per step, of the gradient before clipping. Those that are not finite are dropped
             with a warning; after smoothing, those below a millionth of the median are raised to it.
-        total_steps: Length of the coming run in steps, to which the schedule is interpolated linearly;
-            default None, as many as there are finite norms.
-        norm: What was recorded: ``"l2"`` for SGD (default), ``"l1"`` for Adam and other coordinate-wise ones.
-        smoothing: Width of the running median as a fraction of the run, 0 to 1; default 0.1.
+        total_steps: length of the coming run in steps, to which the schedule is interpolated linearly
+            (default: None, as many as there are finite norms).
+        norm: what was recorded: ``"l2"`` for SGD (default), ``"l1"`` for Adam and other coordinate-wise ones.
+        smoothing: width of the running median as a fraction of the run, 0 to 1 (default: 0.1).
 
     Returns:
         A ``table``. A warning says that it is degenerate if one step holds most of the weight, more than
@@ -451,7 +451,7 @@ def refined(
         schedule waits for the end, or a few norms stand out.
 
     Raises:
-        ValueError: If a norm is negative, none is finite, or another argument is out of range.
+        ValueError: if a norm is negative, none is finite, or another argument is out of range.
 
     Source: Defazio, Cutkosky, Mehta, Mishchenko, 2023, arXiv 2310.07831.
     """
@@ -500,12 +500,12 @@ def warmup(step: int, steps: Steps, then: Member, start: Multiplier = 0.0) -> fl
     """Rise linearly to 1, ``start + (1 - start) * step / steps``, then follow ``then`` from its own step 0.
 
     Args:
-        steps: Length of the rise.
-        then: The schedule that follows.
-        start: The first multiplier; default 0.
+        steps: length of the rise.
+        then: the schedule that follows.
+        start: the first multiplier (default: 0).
 
     Raises:
-        ValueError: If an argument is out of range, or ``then`` is closed-loop.
+        ValueError: if an argument is out of range, or ``then`` is closed-loop.
 
     Source: Goyal et al., 2017, arXiv 1706.02677, section 2.2.
     """
@@ -523,11 +523,11 @@ def join(step: int, schedules: Members, boundaries: Boundaries) -> float:
     """Follow one schedule after another, each from its own step 0.
 
     Args:
-        schedules: Two or more, in order.
-        boundaries: The step at which each schedule but the first begins, increasing.
+        schedules: two or more, in order.
+        boundaries: the step at which each schedule but the first begins, increasing.
 
     Raises:
-        ValueError: If the boundaries do not increase or are not one fewer than the schedules, or if one of
+        ValueError: if the boundaries do not increase or are not one fewer than the schedules, or if one of
             these is closed-loop.
     """
     index = bisect_right(boundaries, step)
@@ -574,14 +574,14 @@ def product(*schedules: OpenLoop | ClosedLoop) -> Product:
     """Multiply schedules, of which one may be closed-loop: ``product(alignment(), linear(1000))``.
 
     Args:
-        *schedules: One or more; products among them are taken apart.
+        *schedules: one or more; products among them are taken apart.
 
     Returns:
         A ``Product``: a schedule itself if it has no closed-loop member.
 
     Raises:
-        TypeError: If a member is not a schedule.
-        ValueError: If there is no member, or more than one is closed-loop.
+        TypeError: if a member is not a schedule.
+        ValueError: if there is no member, or more than one is closed-loop.
     """
     members: list[OpenLoop | ClosedLoop] = []
     for member in schedules:
@@ -598,13 +598,13 @@ def split(schedule: OpenLoop | ClosedLoop | None) -> tuple[OpenLoop | None, Clos
     """Take an optimizer's ``schedule`` argument apart into its open-loop and its closed-loop part.
 
     Args:
-        schedule: None, a ``step -> multiplier``, a closed-loop schedule, or a product.
+        schedule: none, a ``step -> multiplier``, a closed-loop schedule, or a product.
 
     Returns:
         The open-loop part and the closed-loop part, each None if there is none.
 
     Raises:
-        TypeError: If it is anything else, or a function of this module that was not called.
+        TypeError: if it is anything else, or a function of this module that was not called.
     """
     if schedule is None or isinstance(schedule, ClosedLoop):
         return None, schedule
@@ -635,16 +635,16 @@ def alignment(
     gradient and the update direction before it, summed up to step ``t - lag``.
 
     Args:
-        kappa: How fast the logarithm of the rate moves; default 0.2. Without momentum it
+        kappa: how fast the logarithm of the rate moves (default: 0.2). Without momentum it
             climbs slowly: a larger one gets there sooner, a smaller one is steadier once there.
-        bias: Added to every cosine; default 0. Above 0 the rate settles higher.
-        lag: Default 1, this step's cosine acts at the next one, in one pass over memory; 0, at once, in two.
-        freeze_after: The factor stays after this many steps, for a decay to follow; default None, never.
-        min_lr: Lower bound of the rate; default 0.
-        max_lr: Upper bound of the rate; default none.
+        bias: added to every cosine (default: 0). Above 0 the rate settles higher.
+        lag: 1, this step's cosine acts at the next one, in one pass over memory; 0, at once, in two (default: 1).
+        freeze_after: the factor stays after this many steps, for a decay to follow (default: None, never).
+        min_lr: lower bound of the rate (default: 0).
+        max_lr: upper bound of the rate (default: none).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Source: this project. Without normalisation and memory it is the multiplicative hypergradient descent of
     Baydin et al., 2018, arXiv 1703.04782.
@@ -659,16 +659,16 @@ def gala(delta: float = 1e-12, min_lr: float = 0.0, max_lr: float = math.inf, mo
     product of the gradients after and before a step, ``b`` the squared gradient norm times the curvature.
 
     Args:
-        delta: Weight of the first rate; default 1e-12, in effect none after the first step. The paper's value
+        delta: weight of the first rate (default: 1e-12, in effect none after the first step). The paper's value
             is not known.
-        min_lr: Lower bound of the rate; default 0.
-        max_lr: Upper bound of the rate; default none.
+        min_lr: lower bound of the rate (default: 0).
+        max_lr: upper bound of the rate (default: none).
         mode: ``"same_batch"`` (default), the paper's: both gradients are of the new batch, so ``step`` takes
             a closure and evaluates it twice. ``"consecutive"``: the gradients that training computes anyway,
             for full or very large batches only: with noise the rate collapses; ``alignment`` is for that.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Source: Jiang, Kavis, Mokhtari, 2025, arXiv 2506.08419; ``delta``, momentum and Adam are a reconstruction.
     """
@@ -694,18 +694,18 @@ def volsched(
     decay fell. The optimizer's ``observe`` takes the signal.
 
     Args:
-        total_steps: Length of the run in steps, with the warm-up.
-        window: Steps between two decisions, and the returns that count as recent; default 50.
-        sensitivity: How much the volatility counts; default 0.05 (0.1 is unstable in the paper).
-        min_lr: Lower bound of the rate; default 0.
-        warmup_steps: Length of a linear rise, during which the signal is recorded too; default 0.
-        warmup_start: The first multiplier of the rise; default 0.
-        history: How many values of the signal are kept; default None, 10 windows.
+        total_steps: length of the run in steps, with the warm-up.
+        window: steps between two decisions, and the returns that count as recent (default: 50).
+        sensitivity: how much the volatility counts (default: 0.05 (0.1 is unstable in the paper)).
+        min_lr: lower bound of the rate (default: 0).
+        warmup_steps: length of a linear rise, during which the signal is recorded too (default: 0).
+        warmup_start: the first multiplier of the rise (default: 0).
+        history: how many values of the signal are kept (default: None, 10 windows).
         decay: ``"cosine"`` (default) or any open-loop schedule, counted from the end of the warm-up.
-        max_lr: Upper bound of the rate; default none, as in the paper.
+        max_lr: upper bound of the rate (default: none, as in the paper).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Source: Ren, 2025, arXiv 2507.10575.
     """

@@ -60,21 +60,21 @@ class VolSchedLR(LRScheduler):
     It sets the rate of the first group, and those of the others in proportion to their first rates.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Length of the run in steps, with the warm-up.
-        window: Steps between two decisions, and the returns that count as recent; default 50.
-        sensitivity: How much the volatility counts; default 0.05.
-        min_lr: Lower bound of the first group's rate; default 0.
-        warmup_steps: Length of a linear rise, during which the signal is recorded too; default 0.
-        warmup_start: The first multiplier of the rise; default 0.
-        history: How many values of the signal are kept; default None, 10 windows.
+        optimizer: whose rates to set.
+        total_steps: length of the run in steps, with the warm-up.
+        window: steps between two decisions, and the returns that count as recent (default: 50).
+        sensitivity: how much the volatility counts (default: 0.05).
+        min_lr: lower bound of the first group's rate (default: 0).
+        warmup_steps: length of a linear rise, during which the signal is recorded too (default: 0).
+        warmup_start: the first multiplier of the rise (default: 0).
+        history: how many values of the signal are kept (default: None, 10 windows).
         decay: ``"cosine"`` (default) or any open-loop schedule, counted from the end of the warm-up.
-        max_lr: Upper bound of the first group's rate; default none.
-        last_epoch: Default -1, a new run. Otherwise the run goes on from there at the rates that the groups have, but
-            without the signal so far, which only ``load_state_dict`` brings.
+        max_lr: upper bound of the first group's rate (default: none).
+        last_epoch: where the run goes on, at the rates that the groups have, but without the signal so far, which only
+            ``load_state_dict`` brings (default: -1, a new run).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Source: Ren, 2025, arXiv 2507.10575.
     """
@@ -109,7 +109,7 @@ class VolSchedLR(LRScheduler):
         """Take the signal of the step just done, and set the rates of the next.
 
         Args:
-            value: The training batch's accuracy; a tensor is waited for. One that is missing or not finite is left out
+            value: the training batch's accuracy; a tensor is waited for. One that is missing or not finite is left out
                 with a warning; the step counts.
         """
         if self._step_count == 0:  # torch's constructor calls
@@ -230,13 +230,13 @@ class Watcher(Optimizer):
         """Measure, decide, and let the wrapped optimizer apply.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss; default None.
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss (default: None).
 
         Returns:
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse; nothing has been changed then.
+            ValueError: if a gradient is sparse; nothing has been changed then.
         """
         loss, probe = self._evaluate(closure)
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
@@ -345,17 +345,17 @@ class Alignment(Watcher):
     and read in the same pass.
 
     Args:
-        optimizer: The optimizer to wrap. Its step takes no closure.
-        kappa: How fast the logarithm of the rate moves; default 0.2. Without momentum it
+        optimizer: the optimizer to wrap. Its step takes no closure.
+        kappa: how fast the logarithm of the rate moves (default: 0.2). Without momentum it
             climbs slowly: a larger one gets there sooner, a smaller one is steadier once there.
-        bias: Added to every cosine; default 0. Above 0 the rate settles higher.
-        lag: Default 1, this step's cosine acts at the next one; 0, at once. Here both cost the same.
-        freeze_after: The factor stays after this many steps, for a decay to follow; default None, never.
-        min_lr: Lower bound of each group's rate; default 0.
-        max_lr: Upper bound of each group's rate; default none.
+        bias: added to every cosine (default: 0). Above 0 the rate settles higher.
+        lag: 1, this step's cosine acts at the next one; 0, at once (default: 1). Here both cost the same.
+        freeze_after: the factor stays after this many steps, for a decay to follow (default: None, never).
+        min_lr: lower bound of each group's rate (default: 0).
+        max_lr: upper bound of each group's rate (default: none).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Every process must see the same gradients, as with ``DistributedDataParallel``. Source: this project.
     """
@@ -406,18 +406,18 @@ class GALA(Watcher):
     ``b = L |d|^2``. Give it a ``min_lr`` above 0, since at rate 0 there is no move to learn from.
 
     Args:
-        optimizer: The optimizer to wrap; its step takes no closure. With momentum clip the gradient norm to 1, in its
+        optimizer: the optimizer to wrap; its step takes no closure. With momentum clip the gradient norm to 1, in its
             ``register_step_pre_hook``, which comes after the measurement.
-        delta: Weight of the first rate; default 1e-12, in effect none after the first step.
-        min_lr: Lower bound of the first group's rate; default 0.
-        max_lr: Upper bound of the first group's rate; default none.
+        delta: weight of the first rate (default: 1e-12, in effect none after the first step).
+        min_lr: lower bound of the first group's rate (default: 0).
+        max_lr: upper bound of the first group's rate (default: none).
         mode: ``"same_batch"`` (default), the paper's: ``step`` takes a closure and evaluates it twice, at the previous
             point without leaving a trace in module buffers or random numbers. ``"consecutive"``: the gradients that
             training computes anyway, for full or very large batches only: with noise the rate collapses; ``Alignment``
             is for that.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Every process must see the same gradients, as with ``DistributedDataParallel``. With ``GradScaler``, which takes no
     closure, only ``"consecutive"`` works.
