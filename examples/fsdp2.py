@@ -1,6 +1,7 @@
 """FSDP2: the clip and the rate of the whole model, and a checkpoint for any number of processes.
 
 Run it with ``torchrun --nproc-per-node 2 examples/fsdp2.py``, then with another number: it goes on where it stopped.
+Plain ``python`` is one process.
 """
 
 import os
@@ -21,7 +22,8 @@ from lrkernels import FusedSGD, schedules
 STEPS, BATCH = 60, 96
 FOLDER = Path(os.environ.get("CHECKPOINT", Path(tempfile.gettempdir()) / "lrkernels-fsdp2"))
 
-dist.init_process_group("gloo")
+alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+dist.init_process_group("gloo", **alone)
 rank, world = dist.get_rank(), dist.get_world_size()
 source = load_digits()
 images, labels = torch.tensor(source.images, dtype=torch.float32) / 8 - 1, torch.tensor(source.target)

@@ -1,7 +1,7 @@
 """Tensor parallel: matrices split over the processes, one norm and one rate of the whole model.
 
-Run it with ``torchrun --nproc-per-node 2 examples/tensor_parallel.py``; one process,
-``--nproc-per-node 1``, gives the same figures.
+Run it with ``torchrun --nproc-per-node 2 examples/tensor_parallel.py``; plain ``python``, one process, gives the same
+figures.
 """
 
 import torch
@@ -15,7 +15,8 @@ from lrkernels.tasks import digits
 
 STEPS = 120
 
-dist.init_process_group("gloo")
+alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+dist.init_process_group("gloo", **alone)
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
 task = digits()  # scikit-learn's handwritten digits

@@ -1,6 +1,6 @@
 """DistributedDataParallel, with momentum and moments split over the processes (ZeRO).
 
-Run it with ``torchrun --nproc-per-node 2 examples/zero.py`` (one process is ``--nproc-per-node 1``). Without ZeRO it is
+Run it with ``torchrun --nproc-per-node 2 examples/zero.py`` (plain ``python`` is one process). Without ZeRO it is
 ``FusedAdamW(model.parameters(), ...)`` as in one process: after DDP's backward pass every process has the same
 gradients.
 """
@@ -16,7 +16,8 @@ from lrkernels.tasks import digits
 
 STEPS = 120
 
-dist.init_process_group("gloo")
+alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+dist.init_process_group("gloo", **alone)
 rank, world = dist.get_rank(), dist.get_world_size()
 
 task = digits(batch_size=64)  # a small convolutional network and scikit-learn's handwritten digits
