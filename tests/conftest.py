@@ -15,6 +15,7 @@ try:
     hypothesis.settings.load_profile("lrkernels")
 except ImportError:  # a machine with a GPU may have nothing but pytest; the tests marked gpu do without
     hypothesis = None
+pytest.register_assert_rewrite("jobs")  # or its failures would not say what was compared
 torch.set_num_threads(1)  # most tensors here are small; a test of its own asks for more
 
 BACKENDS = [ops.EAGER] if ops._C is None else [ops.NATIVE, ops.EAGER]
