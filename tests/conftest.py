@@ -1,6 +1,7 @@
 """What all test files share: backends, seeds, the steps from a case to tensors to compare, and what notes a wait."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -17,7 +18,7 @@ try:
     hypothesis.settings.load_profile("lrkernels")
 except ImportError:  # a machine with a GPU may have nothing but pytest; the tests marked gpu do without
     hypothesis = None
-pytest.register_assert_rewrite("jobs")  # or its failures would not say what was compared
+pytest.register_assert_rewrite("jobs", "processes")  # or their failures would not say what was compared
 torch.set_num_threads(1)  # most tensors here are small; a test of its own asks for more
 
 BACKENDS = [ops.EAGER] if ops._C is None else [ops.NATIVE, ops.EAGER]
@@ -32,6 +33,15 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def failures(request, tmp_path_factory):
+    """What each case of a world raised, of those that pytest has selected; they run once."""
+    import processes  # needs what is here
+
+    items = request.session.items
+    return functools.cache(lambda world: processes.failures_of(world, items, tmp_path_factory.mktemp(f"world{world}")))
 
 
 def random_tensors(shapes, dtype=torch.float32, seed=0):
