@@ -1,10 +1,13 @@
-"""What all test files share: the backends, seeds, and the few steps from a case to tensors that can be compared."""
+"""What all test files share: backends, seeds, the steps from a case to tensors to compare, and what notes a wait."""
 
 import copy
+import functools
 import itertools
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrkernels import FusedAdamW, FusedSGD, ops
 
@@ -15,6 +18,7 @@ try:
     hypothesis.settings.load_profile("lrkernels")
 except ImportError:  # a machine with a GPU may have nothing but pytest; the tests marked gpu do without
     hypothesis = None
+pytest.register_assert_rewrite("jobs", "processes")  # or their failures would not say what was compared
 torch.set_num_threads(1)  # most tensors here are small; a test of its own asks for more
 
 BACKENDS = [ops.EAGER] if ops._C is None else [ops.NATIVE, ops.EAGER]
@@ -29,6 +33,15 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def failures(request, tmp_path_factory):
+    """What each case of a world raised, of those that pytest has selected; they run once."""
+    import processes  # needs what is here
+
+    items = request.session.items
+    return functools.cache(lambda world: processes.failures_of(world, items, tmp_path_factory.mktemp(f"world{world}")))
 
 
 def random_tensors(shapes, dtype=torch.float32, seed=0):
@@ -150,3 +163,29 @@ def assert_same_bits(got, want):
 
 def assert_close(got, want, rtol, atol=0.0):
     torch.testing.assert_close(tensors(got), tensors(want), rtol=rtol, atol=atol)
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that waits for a tensor's value."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = {"item", "tolist", "numpy", "cpu", "is_nonzero", "__float__", "__int__", "__bool__", "__index__", "__array__"}
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for a device: values that come to the host."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in WAITS
+        return func(*args, **(kwargs or {}))

@@ -1,7 +1,6 @@
-"""Several processes on gloo against one: DDP, FSDP2, tensor parallel, ZeRO, hand-made sharding, and their checkpoints.
+"""Several processes on gloo against one: DDP, FSDP, tensor parallel, sharding by hand, refusals, faults, examples.
 
-A case is a function that every process of a world runs. All cases of a world run in one set of processes, each in a
-process group of its own; a test reads what its case raised.
+Cases, and what runs them: processes.py. ZeRO and checkpoints: test_distributed_checkpoints.py.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import pickle
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -23,6 +21,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import assert_close, assert_same_bits, bits, gradients, parameters, train
+from processes import (
+    EVERY,
+    KINDS,
+    MODES,
+    SOME,
+    STEPS,
+    assert_same_decisions,
+    assert_same_everywhere,
+    batches,
+    case,
+    compare,
+    fsdp1,
+    full,
+    fully_sharded,
+    loss_of,
+    mesh_of,
+    mine,
+    needs_gloo,
+    new_net,
+    rows,
+    spread,
+)
 from torch import nn
 from torch.amp import GradScaler
 
@@ -31,187 +51,11 @@ from lrkernels.checkpoints import CONTROL_KEY
 from lrkernels.distributed import where_added_up
 from lrkernels.layout import Control, Verb
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-STEPS = 4
-KINDS = {
-    "sgd": (FusedSGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adamw": (FusedAdamW, {"lr": 0.01}),
-}
-MODES = {
-    "plain": {},
-    "linear": {"schedule": schedules.linear(20)},
-    "clip": {"max_grad_norm": 0.05, "track": "grad_norm_l1"},
-    "alignment-lag0": {"schedule": schedules.alignment(kappa=0.3, lag=0)},
-    "alignment-lag1": {"schedule": schedules.alignment(kappa=0.3, bias=0.05)},
-    "gala": {"schedule": schedules.gala(delta=0.1, max_lr=1.0, mode="consecutive"), "max_grad_norm": 0.5},
-    "track": {"track": ("alignment", "direction")},
-    "track-swap": {"track": ("alignment", "direction"), "prev_grad": "swap"},
-}
-LOW_PRECISION = {
-    "master_weights": {"master_weights": True, "max_grad_norm": 0.5, "state_dtype": torch.float32},
-    "skip_nonfinite": {"skip_nonfinite": True, "track": "alignment", "prev_grad": "swap"},
-    "stochastic_rounding": {"stochastic_rounding": True, "schedule": schedules.alignment(kappa=0.3)},
-}
-MODES |= LOW_PRECISION
-EVERY = [("sgd", mode) for mode in MODES if mode not in LOW_PRECISION] + [
-    ("adamw", mode) for mode in ("clip", "alignment-lag1", "gala", "track")
-]
-SOME = [("sgd", "clip"), ("sgd", "track-swap"), ("adamw", "alignment-lag0"), ("adamw", "gala")]
-CASES = {2: {}, 4: {}}
-
-
-def case(*worlds):
-    def add(function):
-        for world in worlds:
-            CASES[world][function.__name__] = function
-        return function
-
-    return add
-
-
-# ---- The processes ----
-
-
-def work(rank, world, names, folder):
-    torch.set_num_threads(1)
-    from torch.distributed import tensor  # noqa: F401
-
-    failures = {}
-    for name in names:
-        torch.manual_seed(0)
-        method = f"file://{folder}/{world}-{name}"
-        timeout = datetime.timedelta(seconds=180)  # a machine may be busy while the processes start
-        try:
-            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
-            CASES[world][name](folder)
-        except BaseException:
-            failures[name] = f"rank {rank}: {traceback.format_exc()}"
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
-    torch.save(failures, f"{folder}/{world}-failures-{rank}")
-
-
-@pytest.fixture(scope="session")
-def failures(request, tmp_path_factory):
-    """Run a world's cases, of those that pytest has selected, once; return each one's tracebacks."""
-    done = {}
-
-    def run(world):
-        if world not in done:
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            chosen = [getattr(item, "callspec", None) for item in request.session.items]
-            chosen = [c.params for c in chosen if c and c.params.get("world") == world]
-            names = [params["name"] for params in chosen]
-            torch.multiprocessing.spawn(work, (world, names, str(folder)), nprocs=world)
-            ranks = [torch.load(folder / f"{world}-failures-{rank}") for rank in range(world)]
-            done[world] = {name: "".join(r.get(name, "") for r in ranks) for name in names}
-        return done[world]
-
-    return run
-
-
-def rows():
-    return [pytest.param(world, name, id=f"{world}-{name}") for world, cases in CASES.items() for name in cases]
-
-
-# ---- The pieces ----
-
-
-class Net(nn.Module):
-    """Sizes that no number of processes divides, and a parameter smaller than four processes."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 10, dtype=torch.float64)
-        self.norm = nn.LayerNorm(10, dtype=torch.float64)
-        self.second = nn.Linear(10, 3, dtype=torch.float64)
-        self.scale = nn.Parameter(torch.full((1,), 1.5, dtype=torch.float64))
-
-    def forward(self, x):
-        return self.second(self.norm(self.first(x).tanh())) * self.scale
-
-
-def batches(steps=STEPS):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        yield (torch.randn(8, 6, generator=generator).double(), torch.randn(8, 3, generator=generator).double())
-
-
-def loss_of(model, x, y):
-    return (model(x) - y).square().mean()
-
-
-def mine(batch, group=None):
-    """This process's part of the batch."""
-    return [part.chunk(dist.get_world_size(group))[dist.get_rank(group)] for part in batch]
-
-
-def full(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-
-
-def new_net():
-    torch.manual_seed(1)
-    return Net()
-
-
-def assert_same_everywhere(tensor):
-    """The same bits in all the processes."""
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
-    for other in gathered:
-        assert bits(other) == bits(tensor), f"{other.tolist()} is not {tensor.tolist()}"
-
-
-def assert_same_decisions(optimizer, alone):
-    """All processes have decided the same, bit for bit, and what one process alone decides."""
-    assert_same_everywhere(optimizer._controller.control)
-    got, want = optimizer.history(), alone.history()
-    assert got.keys() == want.keys()
-    for name, values in want.items():
-        assert len(values), "no steps"
-        torch.testing.assert_close(
-            torch.tensor(got[name]), torch.tensor(values), rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def compare(build, batch_of=mine, optimizers=EVERY, whole=contextlib.nullcontext, **more):
-    """Train with each optimizer, and one process alone beside it.
-
-    Args:
-        build: makes of a model the one that is spread, and the optimizer's parameters.
-        batch_of: the part of the batch that this process trains on.
-        optimizers: rows of ``KINDS`` and ``MODES``.
-        whole: makes of a model a context in which its parameters are not spread.
-        more: arguments of the spread optimizer.
-    """
-    for name, mode in optimizers:
-        kind, options = KINDS[name]
-        model, params = build(new_net())
-        optimizer = kind(params, **options, **MODES[mode], **more)
-        net = new_net()
-        alone = kind(net.parameters(), **options, **MODES[mode])
-        for batch in batches():
-            loss_of(model, *batch_of(batch)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss_of(net, *batch).backward()
-            alone.step()
-            alone.zero_grad()
-        assert_same_decisions(optimizer, alone)
-        with whole(model):
-            assert_close([full(p) for p in model.parameters()], list(net.parameters()), rtol=1e-9, atol=1e-12)
+pytestmark = needs_gloo
 
 
 def the_same(batch):
     return batch
-
-
-def mesh_of(*shape, names=None):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 # ---- Models in training ----
@@ -224,13 +68,6 @@ def ddp(folder):
         return model, model.parameters()
 
     compare(build)
-
-
-def fully_sharded(net, **more):
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(net.first, **more)
-    return fully_shard(net, **more)
 
 
 @case(2)
@@ -247,12 +84,6 @@ def fsdp2_with_empty_parts(folder):
 def hsdp(folder):
     mesh = mesh_of(2, 2, names=("replicate", "shard"))
     compare(lambda net: (fully_sharded(net, mesh=mesh), net.parameters()), optimizers=SOME)
-
-
-def fsdp1(net, **more):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return FullyShardedDataParallel(net, **{"use_orig_params": True, "device_id": torch.device("cpu")} | more)
 
 
 @case(2)
@@ -451,17 +282,6 @@ def ddp_s_own_buckets_are_no_place_to_keep_a_gradient(folder):
 SHAPES = [(7, 3), (5,), (1,), (9, 2), (4, 4)]
 
 
-def spread(x, mesh, placements):
-    """A DTensor from what every process has; where it is partial, its parts are equal, and their sum has x's bits."""
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-    partial = [placement.is_partial() for placement in placements]
-    whole = [Replicate() if p else placement for p, placement in zip(partial, placements, strict=True)]
-    part = distribute_tensor(x.clone(), mesh, whole, src_data_rank=None).to_local()
-    part = part / math.prod(size for p, size in zip(partial, mesh.shape, strict=True) if p)
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
-
-
 def by_hand(layouts, optimizers=EVERY, process_group=None, present=lambda step, i: True, found_inf=None, half=False):
     """Train on gradients given by hand; each process has its part of them.
 
@@ -603,246 +423,6 @@ def process_group(folder):
         optimizer.step()
         assert len(optimizer.history()["step"]) == (first != 0)
         assert_same_everywhere(optimizer._controller.control)
-
-
-# ---- ZeRO ----
-
-
-@case(2)
-def zero(folder):
-    """Trained, consolidated, saved, loaded into a new one and trained on: the same bits as without a break."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    def new(kind, options, mode):
-        model = nn.parallel.DistributedDataParallel(new_net())
-        local = functools.partial(kind, **mode, process_group=dist.group.WORLD)
-        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=local, **options)
-
-    def train(model, optimizer, rows):
-        for batch in rows:
-            loss_of(model, *mine(batch)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    rows_of = ["clip", "linear", "alignment-lag1", "track-swap"]
-    for name, mode in [*(("sgd", mode) for mode in rows_of), ("adamw", "gala")]:
-        kind, options = KINDS[name]
-        model, optimizer = new(kind, options, MODES[mode])
-        rows = list(batches(6))
-        train(model, optimizer, rows[:3])
-        optimizer.consolidate_state_dict(to=0)
-        if dist.get_rank() == 0:
-            torch.save([model.state_dict(), optimizer.state_dict()], f"{folder}/zero-{name}-{mode}")
-        dist.barrier()
-        of_model, of_optimizer = torch.load(f"{folder}/zero-{name}-{mode}", weights_only=True)
-        resumed_model, resumed = new(kind, {**options, "lr": 99.0}, MODES[mode])
-        resumed_model.load_state_dict(of_model)
-        resumed.load_state_dict(of_optimizer)
-        train(model, optimizer, rows[3:])
-        train(resumed_model, resumed, rows[3:])
-        net = new_net()
-        alone = kind(net.parameters(), **options, **MODES[mode])
-        train(net, alone, [])
-        for batch in rows:
-            loss_of(net, *batch).backward()
-            alone.step()
-            alone.zero_grad()
-        assert_same_decisions(optimizer.optim, alone)
-        assert_same_everywhere(resumed.optim._controller.control)
-        assert_close(list(model.parameters()), list(net.parameters()), rtol=1e-9, atol=1e-12)
-        assert_same_bits(list(resumed_model.parameters()), list(model.parameters()))
-        for key, values in resumed.optim.history().items():
-            assert values.tolist() == optimizer.optim.history()[key][3:].tolist()
-
-
-@case(4)
-def zero_with_fewer_parameters_than_processes(folder):
-    """Two processes have none, and decide as the others do."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    for name, mode in SOME:
-        kind, options = KINDS[name]
-        net, twin = new_net().first, new_net().first
-        model = nn.parallel.DistributedDataParallel(net)
-        local = functools.partial(kind, **MODES[mode], process_group=dist.group.WORLD)
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=local, **options)
-        assert [len(group["params"]) for group in optimizer.optim.param_groups] == [int(dist.get_rank() < 2)]
-        alone = kind(twin.parameters(), **options, **MODES[mode])
-        for x, _ in batches(5):
-            for m, part, own in ((model, mine([x]), optimizer), (twin, [x], alone)):
-                m(*part).square().mean().backward()
-                own.step()
-                own.zero_grad()
-        assert_same_decisions(optimizer.optim, alone)
-        assert_close(list(net.parameters()), list(twin.parameters()), rtol=1e-9, atol=1e-12)
-
-
-# ---- Checkpoints ----
-
-
-class Run:
-    """A model and its optimizer on a mesh, or in one process alone; gradients come by hand."""
-
-    def __init__(self, kind, options, mode, mesh=None, flatten=False, sharded=True):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-        self.net, self.mesh = new_net(), mesh
-        if mesh is not None:
-            fully_sharded(self.net, mesh=mesh)
-        self.optimizer = kind(self.net.parameters(), **options, **mode)
-        self.options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-        alone = mesh is None or mesh.size() == 1
-        self.where = {"no_dist": True} if alone else {"process_group": mesh.get_group()}
-
-    def train(self, steps):
-        shapes = [p.shape for p in self.net.parameters()]
-        for row in gradients(shapes, 12, torch.float64)[steps]:
-            for p, grad in zip(self.net.parameters(), row, strict=True):
-                p.grad = grad if self.mesh is None else spread(grad, p.device_mesh, p.placements)
-            self.optimizer.step()
-        return self
-
-    def state(self):
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-        of_optimizer = get_optimizer_state_dict(self.net, self.optimizer, options=self.options)
-        return {"model": get_model_state_dict(self.net), "optimizer": of_optimizer}
-
-    def save(self, path):
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(self.state(), checkpoint_id=path, **self.where)
-        return path
-
-    def load(self, path):
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
-
-        state = self.state()
-        dcp.load(state, checkpoint_id=path, **self.where)
-        set_model_state_dict(self.net, state["model"])
-        set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"], options=self.options)
-        return self
-
-    def everything(self):
-        states = [self.optimizer.state[p] for p in self.net.parameters()]
-        states = [{key: full(value) for key, value in state.items() if value is not None} for state in states]
-        control = self.optimizer._controller.control.clone()
-        control[Control.ROWS] = 0  # the history begins anew
-        return [[full(p) for p in self.net.parameters()], states, control[: Control.SIGNAL]]
-
-
-CHECKPOINTS = [
-    ("sgd", "alignment-lag1", False),
-    ("sgd", "gala", True),
-    ("sgd", "linear", True),
-    ("adamw", "gala", False),
-    ("adamw", "track-swap", False),
-    ("sgd", "track-swap", True),
-    ("adamw", "track", True),
-]
-
-
-@case(4)
-def checkpoints_on_four_two_one_and_four_processes(folder):
-    from torch.distributed.device_mesh import DeviceMesh
-
-    rank, four, two = dist.get_rank(), mesh_of(4), DeviceMesh("cpu", [0, 1])
-    for name, mode, flatten in CHECKPOINTS:
-        kind, options = KINDS[name]
-        options = options | ({"dampening": 0.5} if name == "sgd" else {})
-        path = f"{folder}/{name}-{mode}"
-        new = functools.partial(Run, kind, options, MODES[mode], flatten=flatten)
-        alone = new().train(slice(12))
-        first = new(four).train(slice(3))
-        path = first.save(f"{path}-first")
-        same = new(four).load(path)
-        assert_same_bits(same.everything()[0], first.everything()[0])
-        assert_same_bits(same.train(slice(3, 6)).everything(), first.train(slice(3, 6)).everything())
-        if rank < 2:
-            path2 = new(two).load(path).train(slice(3, 6)).save(f"{path}-two")
-        if rank == 0:
-            path1 = new().load(path2).train(slice(6, 9)).save(f"{path}-one")
-        dist.barrier()
-        path1 = f"{path}-one"
-        last = new(four).load(path1).train(slice(9, 12))
-        assert_same_everywhere(last.optimizer._controller.control)
-        for key, values in last.optimizer.history().items():
-            want = alone.optimizer.history()[key][-3:]
-            torch.testing.assert_close(torch.tensor(values), torch.tensor(want), rtol=1e-8, atol=1e-12)
-        got, want = last.everything(), alone.everything()
-        assert_close(got[:2], want[:2], rtol=1e-9, atol=1e-12)
-        assert_close(got[2], want[2], rtol=1e-8)
-
-
-@case(2)
-def a_checkpoint_before_the_first_step_and_a_whole_one(folder):
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    mesh = mesh_of(2)
-    for name, mode, flatten in CHECKPOINTS:
-        kind, options = KINDS[name]
-        new = functools.partial(Run, kind, options, MODES[mode], mesh, flatten=flatten)
-        untouched, asked = new(), new()
-        saved = asked.state()
-        assert asked.optimizer._controller.is_new and len(asked.optimizer.history()["step"]) == 0
-        assert_same_bits(untouched.train(slice(4)).everything(), asked.train(slice(4)).everything())
-        assert saved["optimizer"], "nothing to load into"
-        early = new()
-        early.load(new().save(f"{folder}/early-{name}-{mode}"))
-        assert_close(early.train(slice(4)).everything()[0], asked.everything()[0], rtol=1e-12)
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        everything = get_optimizer_state_dict(asked.net, asked.optimizer, options=whole)
-        assert bool(everything) == (dist.get_rank() == 0)
-        from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        resumed = new()
-        with torch.no_grad():
-            for p, q in zip(resumed.net.parameters(), asked.net.parameters(), strict=True):
-                p.copy_(q)
-        set_optimizer_state_dict(resumed.net, resumed.optimizer, everything, options=from_rank_0)
-        assert_same_bits(resumed.train(slice(4, 8)).everything(), asked.train(slice(4, 8)).everything())
-
-
-@case(2)
-def fsdp1_checkpoints(folder):
-    """As with FSDP2, and flattened parameters too: resumed with the bits of a run without a break."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    def new(kind, options, mode, flat):
-        model = fsdp1(new_net(), use_orig_params=not flat)
-        return model, kind(model.parameters(), **options, **MODES[mode], process_group=dist.group.WORLD)
-
-    def go_on(model, optimizer, rows):
-        for batch in rows:
-            loss_of(model, *mine(batch)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def everything(model, optimizer):
-        with FullyShardedDataParallel.summon_full_params(model):
-            return [[p.detach().clone() for p in model.parameters()], dict(optimizer.stats)]
-
-    rows = list(batches(6))
-    for name, mode, flat in [*((*pair, False) for pair in SOME), ("sgd", "gala", True)]:
-        kind, options = KINDS[name]
-        model, optimizer = new(kind, options, mode, flat)
-        go_on(model, optimizer, rows[:3])
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        path = f"{folder}/fsdp1-{name}-{mode}"
-        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
-        other, resumed = new(kind, options | {"lr": 99.0}, mode, flat)
-        of_model, of_optimizer = get_state_dict(other, resumed)
-        dcp.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
-        set_state_dict(other, resumed, model_state_dict=of_model, optim_state_dict=of_optimizer)
-        go_on(model, optimizer, rows[3:])
-        go_on(other, resumed, rows[3:])
-        assert_same_bits(everything(other, resumed), everything(model, optimizer))
 
 
 # ---- Refusals and faults ----
@@ -1152,7 +732,7 @@ def test_where_a_process_without_parameters_takes_part(config, there, device, mo
     assert where_added_up(None) == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("world", "name"), rows())
+@pytest.mark.parametrize(("world", "name"), rows(__name__))
 def test_several_processes(world, name, failures):
     found = failures(world)[name]
     assert not found, found

@@ -10,13 +10,13 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from test_ops import (
+from jobs import (
     ALL,
     CASES,
     TRAINED,
     assert_parts_are_a_step,
-    assert_same_bits,
     assert_same_decisions,
+    assert_same_job,
     f64,
     hyper_row,
     in_parts,
@@ -221,7 +221,7 @@ def assert_is_eager(job, library, steps=1, rel=1e-11, sums=True, **device):
         kernels.run(Verb.STEP, *native.flags.values(), *native.kernel_arguments)
     assert kernels.launches == steps
     kernels.finish()
-    assert_same_bits(eager, native, LEARNT)
+    assert_same_job(eager, native, LEARNT)
     assert_same_decisions(eager, native, rel, sums=sums)
     assert torch.allclose(eager.history, native.history, rel, 0, equal_nan=True)
     return native
@@ -290,12 +290,12 @@ def mixed(two_pass=False):
 def test_every_grid_and_order_has_the_same_bits(two_pass, kernels):
     first = emulate(mixed(two_pass), kernels, [Verb.STEP] * 2)
     eager = mixed(two_pass).run("eager").run("eager")
-    assert_same_bits(first, eager, LEARNT)
+    assert_same_job(first, eager, LEARNT)
     for seed, (multiprocessors, resident) in enumerate([(1, 1), (2, 1), (4, 4), (16, 3)]):
         again = emulate(
             mixed(two_pass), kernels, [Verb.STEP] * 2, seed=seed, multiprocessors=multiprocessors, resident=resident
         )
-        assert_same_bits(first, again)
+        assert_same_job(first, again)
 
 
 @in_parts
@@ -404,7 +404,7 @@ def test_tensors_that_begin_between_the_vectors(offsets, two_pass, kernels):
     job = make([(2,), (66,), (1030,)], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
     eager, frames = job.copy().run("eager"), frame(job, offsets)
     emulate(job, kernels)
-    assert_same_bits(eager, job, LEARNT)
+    assert_same_job(eager, job, LEARNT)
     assert_whole(frames)
 
 
@@ -416,7 +416,7 @@ def test_more_rows_than_an_argument_holds(two_pass, kernels):
     device.run(Verb.STEP, *job.flags.values(), *job.kernel_arguments)
     assert device.allocations == 3  # counters and partial sums, and the list twice
     device.finish()
-    assert_same_bits(eager, job, LEARNT)
+    assert_same_job(eager, job, LEARNT)
     assert_same_decisions(eager, job, 1e-11)
 
 
@@ -456,7 +456,7 @@ def test_a_broken_copy_of_the_kernels_is_noticed(change, message):
         job = make([(CHUNK + 1,), (37,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=True)
         eager, frames = job.copy().run("eager"), frame(job, (int(message == "misaligned"), 0, 0, 0))
         try:
-            assert_same_bits(eager, emulate(job, library, seed=seed, multiprocessors=3, resident=1 + seed), LEARNT)
+            assert_same_job(eager, emulate(job, library, seed=seed, multiprocessors=3, resident=1 + seed), LEARNT)
             assert_same_decisions(eager, job, 1e-11)
             assert_whole(frames)
         except (AssertionError, emulator.EmulatedError) as error:

@@ -15,8 +15,7 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import BACKENDS, assert_close, assert_same_bits, bits
-from test_pains import everything
+from conftest import BACKENDS, assert_close, assert_same_bits, bits, everything
 
 from lrkernels import FusedAdamW, FusedSGD, reference, schedules
 from lrkernels.checkpoints import CONTROL_KEY

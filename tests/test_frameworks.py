@@ -17,6 +17,7 @@ from cases import LR
 from conftest import (
     BACKENDS,
     TORCH,
+    Reads,
     assert_close,
     assert_same_bits,
     bits,
@@ -26,7 +27,6 @@ from conftest import (
     states,
     train,
 )
-from test_pains import Reads
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import lr_scheduler

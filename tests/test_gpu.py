@@ -3,8 +3,8 @@
 import copy
 import gc
 
+import jobs
 import pytest
-import test_ops
 import torch
 from cases import CLOSED_LOOPS, DTYPES, LAYOUTS, OPTIONS, SCHEDULES, SIZES
 from conftest import assert_close, assert_same_bits, fused, gradients, parameters, set_grads, states, train
@@ -49,11 +49,11 @@ def both(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The operators, over the tables of test_ops.py
+# The operators, over the tables of jobs.py
 
 
 def moved(job):
-    """A job of test_ops.py on the device; what the host reads stays with it."""
+    """A job of jobs.py on the device; what the host reads stays with it."""
     there = copy.deepcopy(job)
     for name, value in vars(there).items():
         if isinstance(value, list):
@@ -65,7 +65,7 @@ def moved(job):
 
 def run(job, backend, verb=Verb.STEP):
     if backend == "native":
-        getattr(torch.ops.lrkernels, test_ops.VERBS[verb])(*job.arguments, **job.flags)
+        getattr(torch.ops.lrkernels, jobs.VERBS[verb])(*job.arguments, **job.flags)
     else:
         ops.backend_for(CUDA, "eager")(verb, *job.flags.values(), *job.kernel_arguments)
     return job
@@ -84,51 +84,49 @@ def home(job):
 
 def assert_same_step(native, eager):
     native, eager = home(native), home(eager)
-    test_ops.assert_same_bits(eager, native, (*test_ops.TRAINED, "master"))
-    test_ops.assert_same_decisions(eager, native, 1e-6, 1e-12)
+    jobs.assert_same_job(eager, native, (*jobs.TRAINED, "master"))
+    jobs.assert_same_decisions(eager, native, 1e-6, 1e-12)
 
 
-@test_ops.orders
-@pytest.mark.parametrize("rule, row", test_ops.CASES.values(), ids=test_ops.CASES)
+@jobs.orders
+@pytest.mark.parametrize("rule, row", jobs.CASES.values(), ids=jobs.CASES)
 def test_bits_of_eager(rule, row, two_pass):
-    job = test_ops.make(
-        [(n,) for n in test_ops.SIZES],
+    job = jobs.make(
+        [(n,) for n in jobs.SIZES],
         rule,
         prev=torch.float32,
-        hyper=test_ops.hyper_row(**row),
-        measure=test_ops.ALL,
+        hyper=jobs.hyper_row(**row),
+        measure=jobs.ALL,
         two_pass=two_pass,
     )
     job.settings[Setting.MAX_GRAD_NORM] = 1.0 if two_pass else float("inf")
     native, eager = moved(job), moved(job)
     for step in range(3):
         for each in (native, eager):
-            each.grads = on(CUDA, [test_ops.randn(n, 31 * step + i) for i, n in enumerate(test_ops.SIZES)])
+            each.grads = on(CUDA, [jobs.randn(n, 31 * step + i) for i, n in enumerate(jobs.SIZES)])
         run(native, "native")
         run(eager, "eager")
     assert_same_step(native, eager)
 
 
-@test_ops.orders
-@pytest.mark.parametrize("dtypes", test_ops.DTYPES.values(), ids=test_ops.DTYPES)
+@jobs.orders
+@pytest.mark.parametrize("dtypes", jobs.DTYPES.values(), ids=jobs.DTYPES)
 @pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adamw-amsgrad"])
 def test_bits_of_eager_in_every_dtype(name, dtypes, two_pass):
-    rule, row = test_ops.CASES[name]
+    rule, row = jobs.CASES[name]
     kinds = dict(zip(("dtype", "grad_dtype", "state_dtype", "prev"), dtypes, strict=True))
-    job = test_ops.make([(70_001,), (7,), ()], rule, **kinds, hyper=test_ops.hyper_row(**row), measure=test_ops.ALL)
+    job = jobs.make([(70_001,), (7,), ()], rule, **kinds, hyper=jobs.hyper_row(**row), measure=jobs.ALL)
     job.two_pass = two_pass
     native, eager = run(moved(job), "native"), run(moved(job), "eager")
     assert_same_step(native, eager)
 
 
-@test_ops.orders
+@jobs.orders
 @pytest.mark.parametrize("kept", ["master", "at-random"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_bits_of_eager_in_low_precision(half, kept, two_pass):
-    row = test_ops.hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1)
-    job = test_ops.make(
-        [(70_001,), (7,)], Rule.SGD, dtype=half, state_dtype=torch.float32, hyper=row, measure=test_ops.ALL
-    )
+    row = jobs.hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1)
+    job = jobs.make([(70_001,), (7,)], Rule.SGD, dtype=half, state_dtype=torch.float32, hyper=row, measure=jobs.ALL)
     job.two_pass = two_pass
     if kept == "master":
         job.master = [p.float() for p in job.params]
@@ -137,44 +135,42 @@ def test_bits_of_eager_in_low_precision(half, kept, two_pass):
     assert_same_step(run(moved(job), "native"), run(moved(job), "eager"))
 
 
-@test_ops.orders
-@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
+@jobs.orders
+@pytest.mark.parametrize("loop", jobs.CLOSED_LOOPS)
 def test_decides_as_eager(loop, two_pass):
     """Six steps, one skipped by the scaler, with a schedule and a scaled loss."""
     if loop == "skip-nonfinite" and not two_pass:
         pytest.skip("it is too late to skip when the sums come with the update")
-    row = test_ops.hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1)
-    job = test_ops.make(
-        [(40,), (3, 5)], Rule.SGD, prev=torch.float32, hyper=row, measure=test_ops.ALL, two_pass=two_pass
-    )
-    job.settings, job.control = test_ops.new_settings(**test_ops.CLOSED_LOOPS[loop]), test_ops.new_control(ring=5)
+    row = jobs.hyper_row(MOMENTUM=0.9, WEIGHT_DECAY=0.1)
+    job = jobs.make([(40,), (3, 5)], Rule.SGD, prev=torch.float32, hyper=row, measure=jobs.ALL, two_pass=two_pass)
+    job.settings, job.control = jobs.new_settings(**jobs.CLOSED_LOOPS[loop]), jobs.new_control(ring=5)
     job.table, job.decay = (torch.linspace(1, end, 9, dtype=torch.float64) for end in (0.5, 0.0))
     job.grad_scale, job.found_inf = torch.tensor([8.0]), torch.tensor([0.0])
     native, eager = moved(job), moved(job)
     for step in range(6):
         for each, backend in ((native, "native"), (eager, "eager")):
-            each.grads = on(CUDA, [8 * test_ops.randn(p.shape, 50 * step + i) for i, p in enumerate(job.params)])
+            each.grads = on(CUDA, [8 * jobs.randn(p.shape, 50 * step + i) for i, p in enumerate(job.params)])
             each.found_inf.fill_(float(step == 3))
             each.control[Control.SIGNAL] = [0.3, 0.4, float("nan"), 0.2, 0.6, 0.5][step]
             run(each, backend)
-        test_ops.assert_same_decisions(home(eager), home(native), 1e-6, 1e-12, sums=False)
+        jobs.assert_same_decisions(home(eager), home(native), 1e-6, 1e-12, sums=False)
     assert native.control[Control.SKIPPED] == 1 and native.control[Control.STEP] == 5
     assert_close(native.params, eager.params, 1e-6, 1e-7)
 
 
-@pytest.mark.parametrize("verb", test_ops.VERBS, ids=test_ops.VERBS.values())
+@pytest.mark.parametrize("verb", jobs.VERBS, ids=jobs.VERBS.values())
 def test_no_parameters(verb):
-    job = run(moved(test_ops.Job([], [], two_pass=True)), "native", verb)
+    job = run(moved(jobs.Job([], [], two_pass=True)), "native", verb)
     assert job.control[Control.STEP] == bool(verb & Verb.APPLY)
     assert set(job.sums.values()) == {0.0}
 
 
-@test_ops.in_parts
+@jobs.in_parts
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
 def test_verbs_in_several_calls_are_a_step(name, two_pass, calls):
     runner = ops.backend_for(CUDA, "native")
-    test_ops.assert_parts_are_a_step(
-        moved(test_ops.to_be_parted(*test_ops.CASES[name], two_pass, shapes=[(33,), (70_000,), (4, 5)])),
+    jobs.assert_parts_are_a_step(
+        moved(jobs.to_be_parted(*jobs.CASES[name], two_pass, shapes=[(33,), (70_000,), (4, 5)])),
         calls,
         lambda job, verb: runner(verb, *job.flags.values(), *job.kernel_arguments),
     )

@@ -7,8 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, bits, gradients, parameters, set_grads
-from test_wrappers import Waits
+from conftest import Waits, assert_same_bits, bits, gradients, parameters, set_grads
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 

@@ -14,6 +14,7 @@ from cases import CLOSED_LOOPS, LR, OPTIMIZERS, SGD_OPTIONS, channels_last, slic
 from conftest import (
     BACKENDS,
     TORCH,
+    Reads,
     TorchLoop,
     assert_close,
     assert_same_bits,
@@ -28,7 +29,6 @@ from conftest import (
     train,
 )
 from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkernels
 from lrkernels import FusedAdamW, FusedSGD, ops, schedules
@@ -298,19 +298,6 @@ def test_a_step_needs_no_memory_beside_what_it_keeps(kind):
 
     assert taken(optimizer.step) < 10_000
     assert taken(lambda: params[0] + 1.0) >= params[0].nbytes  # the meter works
-
-
-class Reads(TorchDispatchMode):
-    """Notes every operation that waits for a tensor's value."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @native_only

@@ -15,21 +15,23 @@ import torch
 triton = pytest.importorskip("triton", "3.6")
 
 import emulator  # noqa: E402
-import test_ops  # noqa: E402
 from emulator.ptx import PtxDevice  # noqa: E402
-from test_ops import (  # noqa: E402
+from jobs import (  # noqa: E402
     ALL,
     CASES,
+    CLOSED_LOOPS,
     CPU,
     DTYPES,
     LAYOUTS,
     TRAINED,
+    VERBS,
     Job,
     as_bits,
     assert_parts_are_a_step,
-    assert_same_bits,
     assert_same_decisions,
+    assert_same_job,
     assert_sums_are,
+    cases,
     exact_sums,
     f64,
     hyper_row,
@@ -37,8 +39,10 @@ from test_ops import (  # noqa: E402
     make,
     new_control,
     new_settings,
+    on_a_gpu,
     orders,
     randn,
+    refused,
     to_be_parted,
 )
 
@@ -51,7 +55,6 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interprete
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
-cases = pytest.mark.parametrize("rule, row", CASES.values(), ids=CASES)
 
 from lrkernels import triton_kernels, triton_runner  # noqa: E402
 from lrkernels.triton_runner import TritonRunner, registers  # noqa: E402
@@ -126,7 +129,7 @@ def test_bits_of_eager(rule, row, two_pass):
         before = job.copy()
         job.run("eager")
         step(here, runner)
-        assert_same_bits(job, here, TRAINED)
+        assert_same_job(job, here, TRAINED)
         assert_same_decisions(job, here, 1e-11)
         assert torch.allclose(job.history, here.history, rtol=1e-11, atol=0)
     assert_sums_are(exact_sums(job, before), here, "triton")
@@ -140,7 +143,7 @@ def test_every_set_of_measures_is_the_same_step(measure, two_pass):
         pytest.skip("nothing to decide on")
     job = make([(65,), (3, 5)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.5), measure=measure, two_pass=two_pass)
     eager, here = job.copy().run("eager"), step(job.copy(), TritonRunner(CPU))
-    assert_same_bits(eager, here, TRAINED)
+    assert_same_job(eager, here, TRAINED)
     for slot, name in [(Sum.DIRECTION_SQ, "DIRECTION"), (Sum.MOVE_SQ, "MOVE")]:
         assert (here.sums[slot] != 0) == bool(measure & Measure[name])
     if measure:
@@ -165,7 +168,7 @@ def test_bits_of_eager_in_every_dtype(name, dtypes, two_pass):
             job.grads[i] = here.grads[i] = randn(shape, 7 * t + i, dtypes[1])
         job.run("eager")
         step(here, runner)
-    assert_same_bits(job, here, TRAINED)
+    assert_same_job(job, here, TRAINED)
     assert_same_decisions(job, here, 1e-11)
 
 
@@ -200,7 +203,7 @@ def test_rows_of_several_dtypes_in_one_launch(two_pass, monkeypatch):
         eager.run("eager")
         step(here, runner)
     assert len(launches) == 2
-    assert_same_bits(eager, here, ("params", "prev_write", "counts"))
+    assert_same_job(eager, here, ("params", "prev_write", "counts"))
     assert_same_decisions(eager, here, 1e-11)
 
 
@@ -224,7 +227,7 @@ def test_bits_of_eager_in_low_precision(name, half, kept):
             job.grads[i] = here.grads[i] = 1e-3 * randn(shape, 7 * t + i, half)
         job.run("eager")
         step(here, runner)
-    assert_same_bits(job, here, (*TRAINED, "master"))
+    assert_same_job(job, here, (*TRAINED, "master"))
     assert_same_decisions(job, here, 1e-11)
     for p, master in zip(here.params, here.master, strict=False):
         assert torch.equal(p, master.to(half))
@@ -266,9 +269,9 @@ def test_same_bits_whatever_the_number_of_programs(two_pass):
             assert not runner._counters.any()
         results.append(here)
     for here in results[1:]:
-        assert_same_bits(results[0], here)
+        assert_same_job(results[0], here)
     assert_same_decisions(job.run("eager").run("eager"), results[0], 1e-11)
-    assert_same_bits(job, results[0], TRAINED)
+    assert_same_job(job, results[0], TRAINED)
 
 
 @interpreted
@@ -293,7 +296,7 @@ def test_any_layout(name):
         job.run("eager")
         step(here, runner)
     assert here.params[0].stride() == strides
-    assert_same_bits(job, here, TRAINED)
+    assert_same_job(job, here, TRAINED)
     assert_same_decisions(job, here)
 
 
@@ -308,12 +311,12 @@ def test_memory_of_any_alignment():
     runner = TritonRunner(CPU)
     step(here, runner)
     assert not runner._table.rows[0, triton_kernels.Field.ALIGNED]
-    assert_same_bits(job.run("eager"), here, TRAINED)
+    assert_same_job(job.run("eager"), here, TRAINED)
     assert_same_decisions(job, here)
 
 
 @interpreted
-@pytest.mark.parametrize("verb", test_ops.VERBS, ids=test_ops.VERBS.values())
+@pytest.mark.parametrize("verb", VERBS, ids=VERBS.values())
 @pytest.mark.parametrize("size", [0, 2])
 def test_nothing_to_do(verb, size):
     """No parameters, or none with a gradient: a step all the same."""
@@ -340,7 +343,7 @@ def test_the_table_is_uploaded_when_something_has_moved():
         eager.hyper = job.hyper
         step(job, runner)
         eager.run("eager")
-        assert_same_bits(eager, job, TRAINED)
+        assert_same_job(eager, job, TRAINED)
         assert len(uploads) == count
 
     both(1)
@@ -396,7 +399,7 @@ def test_other_tensors_at_the_same_addresses(change):
         each.__dict__.update(change(each))
     job.run("eager")
     step(here, runner)
-    assert_same_bits(job, here, TRAINED)
+    assert_same_job(job, here, TRAINED)
     assert_same_decisions(job, here, 1e-11)
     if change is shorter:
         assert torch.equal(here.params[0]._base[10:], rest[10:])
@@ -413,7 +416,7 @@ def test_a_previous_gradient_that_is_not_given_is_the_kept_one():
         job.run("eager")
         step(here, runner)
         assert_same_decisions(job, here, 1e-11)
-    assert_same_bits(job, here, TRAINED)
+    assert_same_job(job, here, TRAINED)
 
 
 @interpreted
@@ -425,7 +428,7 @@ def test_increments_versions():
 
 
 @interpreted
-@pytest.mark.parametrize("name, changes", test_ops.refused(), ids=[name for name, _ in test_ops.refused()])
+@pytest.mark.parametrize("name, changes", refused(), ids=[name for name, _ in refused()])
 def test_refusals(name, changes):
     job = make([(5,), (7,)], Rule.ADAMW, prev=torch.float32, hyper=hyper_row(BETA1=0.9, BETA2=0.9), measure=ALL)
     runner = TritonRunner(CPU)
@@ -449,7 +452,7 @@ def assert_decides_as_eager(loop, two_pass, runner):
     rule, row = CASES["adamw" if loop in ("gala", "alignment") else "sgd-momentum"]
     job = make([(40,), (3, 5)], rule, prev=torch.float32, hyper=hyper_row(**row), measure=ALL, two_pass=two_pass)
     job.counts[:] = 0.0
-    job.settings, job.control = new_settings(**test_ops.CLOSED_LOOPS[loop]), new_control(ring=5)
+    job.settings, job.control = new_settings(**CLOSED_LOOPS[loop]), new_control(ring=5)
     job.table, job.decay = torch.linspace(1, 0.5, 7, dtype=torch.float64), torch.linspace(1, 0, 9, dtype=torch.float64)
     job.grad_scale, job.found_inf = torch.tensor([8.0]), torch.tensor([0.0])
     here = job.copy()
@@ -462,7 +465,7 @@ def assert_decides_as_eager(loop, two_pass, runner):
             each.control[Control.SIGNAL] = [0.3, 0.4, math.nan, 0.2, 0.6, 0.5, 0.55, 0.7, 0.1][t]
         job.run("eager")
         step(here, runner)
-        assert_same_bits(job, here, TRAINED)
+        assert_same_job(job, here, TRAINED)
         assert_same_decisions(job, here, 1e-9, 1e-15, sums=False)
     skipped = 2 if loop == "skip-nonfinite" else 1
     assert here.control[Control.SKIPPED] == skipped and here.control[Control.STEP] == 9 - skipped
@@ -471,7 +474,7 @@ def assert_decides_as_eager(loop, two_pass, runner):
 
 @interpreted
 @orders
-@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
+@pytest.mark.parametrize("loop", CLOSED_LOOPS)
 def test_decides_as_eager(loop, two_pass):
     assert_decides_as_eager(loop, two_pass, TritonRunner(CPU))
 
@@ -526,14 +529,14 @@ def test_serves_a_gpu_that_the_binary_has_no_kernels_for(monkeypatch):
 @orders
 def test_operators(two_pass, monkeypatch):
     """As torch.ops has them for GPUs."""
-    make = ops.backend_for
+    backend_for = ops.backend_for
     monkeypatch.setattr(ops, "_runners", {})
-    monkeypatch.setattr(ops, "backend_for", lambda device, wanted: make(device, wanted or "triton"))
-    job = test_ops.make([(17,), (3, 5)], Rule.SGD, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=two_pass)
+    monkeypatch.setattr(ops, "backend_for", lambda device, wanted: backend_for(device, wanted or "triton"))
+    job = make([(17,), (3, 5)], Rule.SGD, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=two_pass)
     eager = job.copy().run("eager")
-    test_ops.on_a_gpu(job)
+    on_a_gpu(job)
     assert [type(runner) for runner in ops._runners.values()] == [TritonRunner]
-    assert_same_bits(eager, job, TRAINED)
+    assert_same_job(eager, job, TRAINED)
     assert_same_decisions(eager, job, 1e-11)
 
 
@@ -785,14 +788,14 @@ def test_compiled_code_has_the_bits_of_eager(name, monkeypatch):
             job.run("eager")
             step(here, runner)
             assert not runner._counters.any()
-        assert_same_bits(job, here, (*TRAINED, "master"))
+        assert_same_job(job, here, (*TRAINED, "master"))
         assert_same_decisions(job, here, 1e-11)
 
 
 @emulated
 @pytest.mark.slow
 @orders
-@pytest.mark.parametrize("loop", test_ops.CLOSED_LOOPS)
+@pytest.mark.parametrize("loop", CLOSED_LOOPS)
 def test_compiled_code_decides_as_eager(loop, two_pass, monkeypatch):
     monkeypatch.setattr(triton_runner, "step_kernel", Emulated(seed=3))
     assert_decides_as_eager(loop, two_pass, TritonRunner(CPU, 2))
@@ -876,7 +879,7 @@ def test_gpu_has_the_bits_of_the_cpu(rule, row, two_pass):
         job.run("native" if ops._C is not None else "eager")
         step(here, runner)
     here = on_cpu(here)
-    assert_same_bits(job, here, TRAINED)
+    assert_same_job(job, here, TRAINED)
     assert_same_decisions(job, here, 1e-11)
 
 

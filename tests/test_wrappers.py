@@ -8,10 +8,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_same_bits, gradients, parameters, set_grads
+from conftest import Waits, assert_same_bits, gradients, parameters, set_grads
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
-from torch.overrides import TorchFunctionMode
 
 from lrkernels import FusedSGD, schedules
 from lrkernels.reference import ReferenceAdamW, ReferenceSGD
@@ -23,18 +22,6 @@ GALA_TRACE = [0.1, 0.1588540445, 0.1462491612, 0.1483666691, 0.1508058455, 0.152
 ALIGNMENT_TRACE = [0.1, 0.1, 0.1219823937, 0.1291980241, 0.1092044677, 0.0961322229, 0.1074226092, 0.1254444372]
 SHAPES = [(5,), (4, 3), (17,)]
 DOUBLE = torch.float64
-
-WAITS = {"item", "tolist", "numpy", "cpu", "is_nonzero", "__float__", "__int__", "__bool__", "__index__", "__array__"}
-
-
-class Waits(TorchFunctionMode):
-    """Counts what would wait for a device: values that come to the host."""
-
-    count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") in WAITS
-        return func(*args, **(kwargs or {}))
 
 
 def close(got, want, rel=1e-6):
