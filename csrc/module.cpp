@@ -430,8 +430,7 @@ PyObject* seen(PyObject*, PyObject* tensors) {
       continue;
     }
     if (!view.read(tensor)) Py_RETURN_NONE;
-    const bool negative = view.numel() == 1 && sign_is_pending(tensor);
-    for (int64_t word : {view.ndim, int32_t(view.dtype.code), int32_t(view.dtype.bits), int32_t(negative),
+    for (int64_t word : {view.ndim, int32_t(view.dtype.code), int32_t(view.dtype.bits),
                          int32_t(view.device.device_type), view.device.device_id})
       layouts.push_back(word);
     layouts.insert(layouts.end(), view.shape, view.shape + view.ndim);

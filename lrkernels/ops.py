@@ -307,7 +307,7 @@ def seen(tensors: list[Tensor | None]) -> tuple[Any, bytes] | None:
     if _C is not None:
         return _C.seen(tensors)
     try:
-        layouts = [None if x is None else (x.dtype, x.device, x.shape, x.stride(), x.is_neg()) for x in tensors]
+        layouts = [None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in tensors]
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
     except (AttributeError, RuntimeError):
         return None

@@ -323,10 +323,11 @@ def _seen(rule: int, columns: list[Any], small: Sequence[Any]) -> tuple[Any, Any
     try:
         layouts, addresses = zip(*(seen(column or []) for column in [*columns, list(small)]), strict=True)
         values = [x.numpy().tobytes() for x in (groups, settings, hyper)]
+        signs = [x is not None and x.is_neg() for k in READ_ONLY for x in columns[k] or ()]  # that are not in memory
     except (AttributeError, RuntimeError, TypeError):  # no tensors of this kind: the check says what is wrong
         return None, None
     stays = [address for k, address in enumerate(addresses) if k not in READ_ONLY]
-    return (int(rule), layouts, stays, values), [addresses[k] for k in READ_ONLY]
+    return (int(rule), layouts, stays, signs, values), [addresses[k] for k in READ_ONLY]
 
 
 @functools.cache
