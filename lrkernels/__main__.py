@@ -59,6 +59,8 @@ def refine(args: argparse.Namespace) -> int:
     }
     picture = args.out.with_suffix(".png")
     out = args.out.with_suffix(".json") if args.out == picture else args.out
+    if args.norms.resolve() in (out.resolve(), picture.resolve()):
+        raise ValueError(f"{args.norms} has the norms themselves; give -o another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
         np.save(out, values)

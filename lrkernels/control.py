@@ -138,7 +138,7 @@ class Controller:
             if isinstance(lr, Tensor):
                 self.control[Control.FIRST_LR].copy_(lr.detach().reshape(()), non_blocking=True)
             else:
-                self.control[Control.FIRST_LR].fill_(lr)  # on a GPU, to assign a number would wait
+                self.control[Control.FIRST_LR].fill_(float(lr))  # on a GPU, to assign a number would wait
             self._started = True
             if isinstance(self.closed_loop, GalaSchedule | VolSchedule) and not isinstance(lr, Tensor) and lr == 0:
                 warnings.warn(

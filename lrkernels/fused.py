@@ -112,7 +112,8 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
         devices, _ = places_of([p for group in self.param_groups for p in group["params"]])
         for device in devices:
-            if device.type != "meta":  # where they are to be is not known yet
+            to_move = device.type == "meta" or (device.type == "cpu" and self._options.backend == ops.TRITON)
+            if not to_move:  # else the first step asks, where they are then
                 ops.check_backend(device, self._options.backend)
         self.param_groups[0][CONTROL_KEY] = self._controller.control
 
@@ -416,12 +417,12 @@ class FusedOptimizer(Optimizer):
             ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
             RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
         """
-        overridden = type(self).step is not FusedOptimizer.step  # torch has put it in hooks and profiler
-        if overridden or not self._is_observed():
+        wrapped = getattr(type(self).step, "hooked", None) is True  # by torch, as where a subclass has its own
+        if wrapped or not self._is_observed():
             return self._step(closure)
         return self._observed_step() if closure is None else self._observed_step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # or torch would put it in hooks and profiler at every call
+    step.hooked = "by itself"  # type: ignore[attr-defined]  # or torch would wrap it in hooks and profiler
 
     def _is_observed(self) -> bool:
         """Whether there are hooks on the step, or a profiler is at work; else it is a sixth faster on a small model."""
@@ -430,7 +431,7 @@ class FusedOptimizer(Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch.autograd.profiler._is_profiler_enabled
         )
 
     def _is_capturing(self) -> bool:

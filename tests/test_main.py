@@ -70,6 +70,15 @@ def test_refine_loses_no_schedule_to_its_name(tmp_path, out, written, read):
     picture(tmp_path / "schedule.png")
 
 
+@pytest.mark.parametrize("out", ["run.json", "run.png"])
+def test_refine_does_not_write_over_the_norms(tmp_path, out, capsys):
+    source = tmp_path / "run.json"
+    source.write_text(json.dumps(NORMS))
+    assert main(["refine", str(source), "-o", str(tmp_path / out), "--smoothing", "0"]) == 2
+    assert "give -o another name" in capsys.readouterr().err
+    assert json.loads(source.read_text()) == NORMS
+
+
 def test_refine_takes_l1_norms_and_another_length(tmp_path):
     source, out = write(tmp_path / "run.npz", NORMS, "grad_norm_l1"), tmp_path / "schedule.json"
     arguments = ["refine", str(source), "-o", str(out), "--norm", "l1", "--smoothing", "0", "--total-steps", "19"]

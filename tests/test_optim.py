@@ -956,11 +956,20 @@ def test_arguments_of_another_type_are_refused(kind, more, message):
 
 
 def test_an_unavailable_backend_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(lrkernels.ops, "why_no_triton", lambda device: "it is somewhere else")
-    message = r"^lrkernels: backend='triton' is not available for cpu: it is somewhere else\. .*use backend=None"
+    monkeypatch.setattr(lrkernels.ops, "why_not_native", lambda device: "it is somewhere else")
+    message = r"^lrkernels: backend='native' is not available for cpu: it is somewhere else\. .*use backend='eager'"
     with pytest.raises(RuntimeError, match=message):
-        FusedSGD(parameters([(5,)]), LR, backend="triton")
-    FusedSGD([torch.nn.Parameter(torch.ones(5, device="meta"))], LR, backend="triton")  # not known yet
+        FusedSGD(parameters([(5,)]), LR, backend="native")
+    FusedSGD([torch.nn.Parameter(torch.ones(5, device="meta"))], LR, backend="native")  # not known yet
+
+
+def test_triton_may_be_asked_for_before_the_model_moves_to_its_gpu(monkeypatch):
+    monkeypatch.setattr(lrkernels.ops, "why_no_triton", lambda device: "it is somewhere else")
+    params = parameters([(5,)])
+    optimizer = FusedSGD(params, LR, backend="triton")
+    set_grads(params, gradients([(5,)], 1)[0])
+    with pytest.raises(RuntimeError, match=r"^lrkernels: backend='triton' is not available for cpu: it is somewhere"):
+        optimizer.step()
 
 
 def test_elements_that_share_a_place_are_refused():

@@ -5,6 +5,7 @@ that is installed. What is refused here and not there is named, with the reason,
 """
 
 import copy
+import functools
 import inspect
 import io
 import itertools
@@ -365,6 +366,22 @@ def test_all_step_hooks_in_torch_s_order(kind, options):
     assert len(orders[0]) == 8
 
 
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_on_all_optimizers_alone(kind, when):
+    from torch.optim import optimizer
+
+    calls = []
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    handle = getattr(optimizer, f"register_optimizer_step_{when}_hook")(lambda *_: calls.append(when))
+    try:
+        kind([p]).step()
+    finally:
+        handle.remove()
+    assert calls == [when]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_hook_may_replace_the_arguments(kind):
     p = Parameter(torch.ones(3))
@@ -389,6 +406,18 @@ def test_hooks_of_a_subclass_run_once_a_step(kind):
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     optimizer.step()
     assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_run_once_a_step_where_the_class_s_step_is_wrapped(kind, monkeypatch):
+    inner, calls = kind.step, []
+    monkeypatch.setattr(kind, "step", functools.wraps(inner)(lambda self, closure=None: inner(self, closure)))
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    optimizer = kind([p])
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.step()
+    assert calls == ["before"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
