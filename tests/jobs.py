@@ -153,7 +153,7 @@ def assert_same_job(a, b, names=None):
 
 def assert_same_decisions(a, b, rel=1e-12, slack=0.0, sums=True):
     """The control tensors, slot by slot: what two ways of adding up in float64 may differ by."""
-    slots = {slot.name.lower(): slot for slot in Control} | {name: STATS_AT + i for i, name in enumerate(STATS)}
+    slots = {slot.name: slot for slot in Control} | {name: STATS_AT + i for i, name in enumerate(STATS)}
     if sums:
         slots |= {f"sum of {slot.name.lower()}": SUMS_AT + slot for slot in Sum}
     there, here = ({name: x.control[slot].item() for name, slot in slots.items()} for x in (a, b))
