@@ -643,14 +643,15 @@ def store(
     BLOCK: tl.constexpr,
 ):
     """Store a tile; returns what is in memory then."""
-    if dtype == _Dtype.FLOAT32:
+    # Where float64 comes last, Triton 3.8.0 does not compile one pass over kept gradients of several dtypes.
+    if dtype == _Dtype.FLOAT64:
+        stored = store_as(address, offset, values, key, mask, tl.float64, AT_RANDOM, ALIGNED, BLOCK)
+    elif dtype == _Dtype.FLOAT32:
         stored = store_as(address, offset, values, key, mask, tl.float32, AT_RANDOM, ALIGNED, BLOCK)
     elif dtype == _Dtype.BFLOAT16:
         stored = store_as(address, offset, values, key, mask, tl.bfloat16, AT_RANDOM, ALIGNED, BLOCK)
-    elif dtype == _Dtype.FLOAT16:
-        stored = store_as(address, offset, values, key, mask, tl.float16, AT_RANDOM, ALIGNED, BLOCK)
     else:
-        stored = store_as(address, offset, values, key, mask, tl.float64, AT_RANDOM, ALIGNED, BLOCK)
+        stored = store_as(address, offset, values, key, mask, tl.float16, AT_RANDOM, ALIGNED, BLOCK)
     return stored
 
 
