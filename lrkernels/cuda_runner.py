@@ -40,14 +40,13 @@ class CudaRunner:
         for _, event in self._pinned:
             event.synchronize()
 
-    def __call__(self, verbs: int, rule: int, measure: int, two_pass: bool, params: list[Tensor], *rest: Any) -> None:
+    def __call__(self, *arguments: Any) -> None:
         """Run the verbs; a tensor whose layout differs from its parameter's goes through a copy."""
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):  # torch's own switch wakes no device that nobody uses
-                return self(verbs, rule, measure, two_pass, params, *rest)
+                return self(*arguments)
         capturing = torch.cuda.is_current_stream_capturing()
         pinned = self._free_pinned(capturing)
-        arguments = (verbs, rule, measure, two_pass, params, *rest)
         try:
             uneven, rows = ops._C.run(*arguments, self._workspace(pinned))
         except BufferError as short:
@@ -59,13 +58,13 @@ class CudaRunner:
             self._grow(*short.args)
             pinned = self._free_pinned(capturing)
             uneven, rows = ops._C.run(*arguments, self._workspace(pinned))
-        if pinned is not None and capturing and not uneven:  # where nothing was launched, the next call takes it
-            self._captured.append(pinned)
-            self._spare = None
-        elif pinned is not None and not capturing:
+        if pinned is not None and not capturing:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
             self._pinned.append((pinned, event))
+        elif pinned is not None and not uneven:  # where nothing was launched, the next call takes it
+            self._captured.append(pinned)
+            self._spare = None
         return ops.after_run(self, uneven, rows, *arguments)
 
     def _workspace(self, pinned: Tensor | None) -> tuple[int, int, int, int, int] | None:
