@@ -1,15 +1,20 @@
-"""What every refusal of an argument looks like: the package's name, what was wrong, and the remedy."""
+"""What every refusal and warning looks like: the package's name, what was wrong, and the remedy."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import os
+import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check", "check_number", "check_whole", "is_real"]
+__all__ = ["check", "check_number", "check_whole", "is_real", "warn"]
+
+_INSIDE = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
 
 def check(condition: bool, message: str) -> None:
@@ -34,3 +39,11 @@ def check_whole(name: str, value: Any, low: int) -> None:
 def is_real(value: Tensor) -> bool:
     """Whether the tensor has memory, with one real number for each element."""
     return value.layout == torch.strided and not value.is_meta and not value.is_complex()
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called the package, be it through torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"lrkernels: {message}", stacklevel=level)

@@ -7,7 +7,6 @@ loop's state, the statistics, the sums. The host writes settings and tables, and
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import schedules
-from .checks import check
+from .checks import check, warn
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
 from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, Measure, Setting, Sum
 
@@ -141,10 +140,9 @@ class Controller:
                 self.control[Control.FIRST_LR].fill_(float(lr))  # on a GPU, to assign a number would wait
             self._started = True
             if isinstance(self.closed_loop, GalaSchedule | VolSchedule) and not isinstance(lr, Tensor) and lr == 0:
-                warnings.warn(
-                    "lrkernels: the first group's lr is 0, and the schedule sets all rates in proportion to it, so "
-                    "they stay as they are; put a group that trains first",
-                    stacklevel=5,
+                warn(
+                    "the first group's lr is 0, and the schedule sets all rates in proportion to it, so they stay as "
+                    "they are; put a group that trains first"
                 )
 
     @property
@@ -165,9 +163,7 @@ class Controller:
     def before_step(self) -> None:
         """Make room: the schedule's next value in the table, the next row in the history."""
         if isinstance(self.closed_loop, VolSchedule) and not self._signal_given and not self._warned:
-            warnings.warn(
-                "lrkernels: volsched has no signal for this step; call observe(value) before it", stacklevel=4
-            )
+            warn("volsched has no signal for this step; call observe(value) before it")
             self._warned = True
         if self.open_loop is not None and self._steps >= len(self._tabulated):
             self._tabulate(self._steps)
@@ -226,7 +222,7 @@ class Controller:
         elif math.isfinite(value):
             self.control[Control.SIGNAL].fill_(float(value))
         else:
-            warnings.warn(f"lrkernels: observe() was given {value}; this step has no signal", stacklevel=3)
+            warn(f"observe() was given {value}; this step has no signal")
         self._signal_given = True
 
     def stats(self, measure: Measure, clipping: bool) -> Stats:

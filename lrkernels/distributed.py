@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check
+from .checks import check, warn
 from .control import Controller
 from .layout import STATS, Control, Measure, Sum, Verb
 
@@ -65,10 +64,9 @@ def where_added_up(process_group: Any) -> torch.device:
 def spread_of(params: list[Tensor], process_group: Any, measure: int) -> Spread | None:
     """Return how the parameters are spread, or None where this process has all of them."""
     if process_group is None and measure and any(getattr(p, "_fsdp_flattened", False) for p in params):
-        warnings.warn(
-            "lrkernels: FullyShardedDataParallel's parameters are measured in this process alone; where it shards "
-            "them, give process_group=, the processes that it shards over, so that norm and rate are the whole model's",
-            stacklevel=6,
+        warn(
+            "FullyShardedDataParallel's parameters are measured in this process alone; where it shards them, give "
+            "process_group=, the processes that it shards over, so that norm and rate are the whole model's"
         )
     return Spread(params, process_group) if process_group is not None or any(map(is_spread, params)) else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoints import CONTROL_KEY
-from .checks import check
+from .checks import check, warn
 from .closed_loop import AlignmentSchedule, ClosedLoop, VolSchedule
 from .layout import Control
 
@@ -321,7 +320,7 @@ class Guard:
         """Warn at the beginning of something, and not again before it is over."""
         if on and kind not in self._episodes:
             self._note(kind, message)
-            warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=5)
+            warn(f"step {self.steps}: {message}")
         (self._episodes.add if on else self._episodes.discard)(kind)
 
     def _note(self, kind: str, message: str) -> None:
@@ -379,4 +378,4 @@ class Guard:
             )
         message = f"{reason}; went back to step {good.step}, with {self.lr_factor:g} times its learning rate"
         self._note("rollback", message)
-        warnings.warn(f"lrkernels: step {self.steps}: {message}", stacklevel=4)
+        warn(f"step {self.steps}: {message}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from . import batch_sizes as batches
 from . import schedules
-from .checks import check
+from .checks import check, warn
 from .schedules import Product, Schedule, schedule
 
 __all__ = ["Recipe", "self_tuning", "sgdm"]
@@ -168,10 +167,9 @@ def _cosine(epochs: int, final: float) -> list[float]:
 def _warn_of_divergence(gamma: float, growth: float, momentum: float) -> None:
     bound = min(growth, 1 / max(momentum, 1e-6) ** 2)
     if not 1 < gamma < bound:
-        warnings.warn(
-            f"lrkernels: the rate grows by gamma = {gamma:.4g} at a time, but convergence is known only for "
-            f"1 < gamma < min(growth, 1 / momentum**2) = {bound:.4g}; change max_lr_ratio, every or momentum",
-            stacklevel=3,
+        warn(
+            f"the rate grows by gamma = {gamma:.4g} at a time, but convergence is known only for 1 < gamma < "
+            f"min(growth, 1 / momentum**2) = {bound:.4g}; change max_lr_ratio, every or momentum"
         )
 
 

@@ -15,7 +15,6 @@ import inspect
 import math
 import operator
 import reprlib
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import check
+from .checks import check, warn
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
 
 __all__ = [
@@ -468,8 +467,7 @@ def refined(
 
     dropped = recorded.size - norms.size
     if dropped:
-        message = f"lrkernels: dropped {dropped} of {recorded.size} gradient norms that are not finite"
-        warnings.warn(message, stacklevel=2)
+        warn(f"dropped {dropped} of {recorded.size} gradient norms that are not finite")
     if norms.size == 1 or length == 1:
         return table(np.ones(length))
 
@@ -479,12 +477,11 @@ def refined(
     shares = weights / weights.sum()
     clamped, heaviest, amount = (smooth < _CLAMP * unit).mean(), shares.max(), 1 / (norms.size * shares @ shares)
     if clamped > 0.05 or heaviest > 0.5 or (width > 1 and amount < _USEFUL):  # unsmoothed weights are noise
-        message = (
-            f"lrkernels: this refined schedule is degenerate: {clamped:.1%} of the gradient norms are almost "
-            f"zero, one step holds {heaviest:.1%} of all weight, and the weights amount to {amount:.1%} of the "
-            "steps; linear(total_steps) is the safer choice"
+        warn(
+            f"this refined schedule is degenerate: {clamped:.1%} of the gradient norms are almost zero, one step holds "
+            f"{heaviest:.1%} of all weight, and the weights amount to {amount:.1%} of the steps; linear(total_steps) "
+            "is the safer choice"
         )
-        warnings.warn(message, stacklevel=2)
 
     still_to_come = np.append(np.cumsum(weights[:0:-1])[::-1], 0.0)
     values = weights * still_to_come

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import schedules
-from .checks import check
+from .checks import check, warn
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .optim import FusedSGD
@@ -116,7 +115,7 @@ class VolSchedLR(LRScheduler):
             self._rule = self._make_rule()
         else:
             if value is None:
-                warnings.warn("lrkernels: VolSchedLR.step() was given no signal; this step has none", stacklevel=2)
+                warn("VolSchedLR.step() was given no signal; this step has none")
             self._rule.update(None if value is None else float(value))
         super().step()
 

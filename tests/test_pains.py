@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -800,3 +801,36 @@ def test_without_the_binary_everything_works_and_info_says_why(tmp_path):
     assert_same_bits(torch.load(path, weights_only=True), few_steps())
     if ops.NATIVE in BACKENDS:
         assert "cpu     native: C++ kernels" in lrkernels.info()
+
+
+def stepped(**options):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return FusedSGD([p], **{"lr": LR, **options})
+
+
+def signals(*values):
+    scheduler = lrkernels.VolSchedLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=LR), total_steps=10)
+    for value in values:
+        scheduler.step(value)
+
+
+WARNINGS = {
+    "no-signal": lambda: stepped(schedule=schedules.volsched(10)).step(),
+    "signal-nan": lambda: stepped(schedule=schedules.volsched(10)).observe(math.nan),
+    "rate-zero": lambda: stepped(schedule=schedules.gala(mode="consecutive"), lr=0.0).step(),
+    "scheduler-no-signal": lambda: signals(None),
+    "scheduler-signal-nan": lambda: signals(math.nan),
+    "norms-not-finite": lambda: schedules.refined([1.0, math.inf, 1.0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("cause", WARNINGS)
+def test_a_warning_names_the_line_that_called(cause):
+    """And so it is given once for each such line, which is what Python's own filter counts by."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WARNINGS[cause]()
+    found = [warning.filename for warning in caught if str(warning.message).startswith("lrkernels: ")]
+    assert found == [__file__]

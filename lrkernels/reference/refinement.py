@@ -6,10 +6,11 @@ by Refinement", arXiv 2310.07831. Written from the mathematics alone.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
+
+from ..checks import warn
 
 __all__ = ["last_iterate_bound", "linear_decay", "refined", "running_median", "schedule_from_weights"]
 
@@ -67,12 +68,12 @@ def refined(
     if not G.size:
         raise ValueError("lrkernels: refinement needs at least one finite gradient norm")
     if G.size < recorded.size:
-        warnings.warn(f"lrkernels: dropped {recorded.size - G.size} non-finite gradient norms", stacklevel=2)
+        warn(f"dropped {recorded.size - G.size} non-finite gradient norms")
     Ghat = np.asarray(running_median(G.tolist(), smoothing))
     Ghat = Ghat / (float(np.median(Ghat[Ghat > 0])) if (Ghat > 0).any() else 1.0)
     if (Ghat < FLOOR).any():
         count = int((Ghat < FLOOR).sum())
-        warnings.warn(f"lrkernels: degenerate schedule, {count} norms are all but zero", stacklevel=2)
+        warn(f"degenerate schedule, {count} norms are all but zero")
     s = np.asarray(schedule_from_weights((np.maximum(Ghat, FLOOR) ** -POWER[norm]).tolist()))
     length = s.size if total_steps is None else total_steps
     if s.size == 1 or length == 1:

@@ -6,12 +6,12 @@ Source: Ren 2025, arXiv 2507.10575. The signal is the training mini-batch accura
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..checks import warn
 from ..closed_loop import VolSchedule
 
 __all__ = ["VolSched", "cosine_decay", "decay_ratio", "volsched_multiplier"]
@@ -114,7 +114,7 @@ class VolSched:
         if x is not None and math.isfinite(x):
             self.signal = [*self.signal, x][-self.capacity :]
         elif x is not None:
-            warnings.warn(f"lrkernels: volsched skipped a signal that is not finite ({x})", stacklevel=2)
+            warn(f"volsched skipped a signal that is not finite ({x})")
         self.t += 1
         e, T, N = self.t - self.warmup_steps, self.total_steps - self.warmup_steps, self.window
         if e > 0 and e % N == 0 and e - N < T:
