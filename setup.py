@@ -63,8 +63,9 @@ class Build(BuildExtension):
 
 
 SOURCES = ["csrc/module.cpp", "csrc/cpu/kernels.cpp"]
+ALL = [str(path) for path in sorted(Path("csrc").glob("**/*.*"))]  # what a source distribution takes along
 setup(
-    ext_modules=[CppExtension("lrkernels._C", SOURCES, extra_compile_args=FLAGS, py_limited_api=True)],
+    ext_modules=[CppExtension("lrkernels._C", SOURCES, depends=ALL, extra_compile_args=FLAGS, py_limited_api=True)],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
