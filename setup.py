@@ -14,7 +14,8 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-f
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "--threads=0"]
 NVCC_FLAGS += ["-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_SOURCES = [Path("csrc", name) for name in ("cuda/kernels.cu", "kernels.h", "rules.h", "halves.h")]
+CUDA_SOURCES = [Path("csrc/cuda", name) for name in ("kernels.cu", "chunk.cuh", "memory.cuh")]
+CUDA_SOURCES += [Path("csrc", name) for name in ("kernels.h", "rules.h", "halves.h")]
 WITHOUT = "or build without CUDA by LRKERNELS_CUDA=0"
 
 
@@ -62,8 +63,9 @@ class Build(BuildExtension):
 
 
 SOURCES = ["csrc/module.cpp", "csrc/cpu/kernels.cpp"]
+ALL = [str(path) for path in sorted(Path("csrc").glob("**/*.*"))]  # what a source distribution takes along
 setup(
-    ext_modules=[CppExtension("lrkernels._C", SOURCES, extra_compile_args=FLAGS, py_limited_api=True)],
+    ext_modules=[CppExtension("lrkernels._C", SOURCES, depends=ALL, extra_compile_args=FLAGS, py_limited_api=True)],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

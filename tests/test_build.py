@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,26 @@ def test_what_nvcc_lacks_is_said_with_a_remedy(setup_py, tmp_path, monkeypatch, 
         defined["add_cuda"](*arguments)
     assert str(refusal.value).endswith("or build without CUDA by LRKERNELS_CUDA=0")
     assert not extension.extra_objects
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the sources")
+def test_nvcc_compiles_anew_what_includes_a_changed_file(setup_py):
+    first, *others = [(ROOT / source).resolve() for source in setup_py[1]["CUDA_SOURCES"]]
+    included = [(file.parent, re.findall('#include "(.*)"', file.read_text())) for file in (first, *others)]
+    assert {(folder / name).resolve() for folder, names in included for name in names} == set(others)
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the sources")
+def test_a_source_distribution_can_be_compiled(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "lrkernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    run(sys.executable, "setup.py", "sdist", cwd=tmp_path)
+    with tarfile.open(*tmp_path.glob("dist/*.tar.gz")) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.*")}
+    assert "csrc/cuda/kernels.cu" in sources and sources <= packed, sources - packed
 
 
 @needs_compiler

@@ -35,7 +35,7 @@ SEEDS = range(6)
 # ----------------------------------------------------------------------------------------------------------------------
 # The emulator itself, on small kernels
 
-SAMPLES = (emulator.HERE / "samples.cu").read_text()
+SAMPLES = emulator.read(emulator.HERE / "samples.cu")
 GUARD = 1e9  # what lies behind the numbers
 
 
@@ -127,7 +127,7 @@ BROKEN_SAMPLES = {
     "a vector too many": (("i + 4 <= end", "i + 1 <= end"), None),
     "an element too few": (("i < end; ++i) rest", "i < end - 1; ++i) rest"), None),
     "a misaligned vector": (("(values + i)", "(values + i + 1)"), "misaligned"),
-    "an index out of bounds": (("i < kWarps", "i <= kWarps"), "kernels.cu:.*out of bounds"),
+    "an index out of bounds": (("i < kWarps", "i <= kWarps"), "samples.cu:.*out of bounds"),
     "a barrier that not all reach": (
         broken("  __syncthreads();  // last", "  if (threadIdx.x) __syncthreads();"),
         "barrier",
@@ -169,15 +169,16 @@ def errors(kernel, library, *arguments):
 # ----------------------------------------------------------------------------------------------------------------------
 # The kernels
 
-KERNELS = (emulator.CSRC / "cuda" / "kernels.cu").read_text()
+KERNELS = emulator.read(emulator.CSRC / "cuda" / "kernels.cu")
 LEARNT = (*TRAINED, "master")
 CHUNK = 8192
 SANITIZERS = os.environ.get("LRKERNELS_SANITIZERS")  # set by the test that runs some of these with them
 OVERRUN = ("scalars = size - vectors * V;", "scalars = size - vectors * V + 1;")
 
 
-def only(text, *wanted):
+def only(sources, *wanted):
     """Without the other kernels, which g++ would take long for."""
+    text = sources["kernels.cu"]
     for rule, kind, full in itertools.product(
         ("kSgd", "kAdamW"), ("kFloats", "kHalves", "kAnything"), ("false", "true")
     ):
@@ -185,7 +186,7 @@ def only(text, *wanted):
         if kernel not in wanted and kernel in text:
             text = text.replace(kernel, "nullptr")
     assert all(kernel in text for kernel in wanted)
-    return text
+    return sources | {"kernels.cu": text}
 
 
 SANITIZED = ("run_step<kSgd, kFloats, true>", "run_step<kSgd, kHalves, true>")
@@ -195,8 +196,8 @@ SANITIZED = ("run_step<kSgd, kFloats, true>", "run_step<kSgd, kHalves, true>")
 def kernels():
     if not SANITIZERS:
         return emulator.build(KERNELS, "runner.cpp")
-    text = emulator.changed(KERNELS, *OVERRUN) if SANITIZERS == "overrun" else KERNELS
-    return emulator.build(only(text, *SANITIZED), "runner.cpp", sanitizers=True)
+    sources = emulator.changed(KERNELS, *OVERRUN) if SANITIZERS == "overrun" else KERNELS
+    return emulator.build(only(sources, *SANITIZED), "runner.cpp", sanitizers=True)
 
 
 def emulate(job, library, verbs=(Verb.STEP,), **device):
@@ -449,8 +450,8 @@ ALWAYS = ["no barrier in a block's sum", "no fence before a count", "no wait for
     [pytest.param(*row, id=name, marks=[] if name in ALWAYS else pytest.mark.slow) for name, row in BROKEN.items()],
 )
 def test_a_broken_copy_of_the_kernels_is_noticed(change, message):
-    text = only(emulator.changed(KERNELS, *change), "run_step<kSgd, kFloats, true>")
-    library = emulator.build(text, "runner.cpp")
+    sources = only(emulator.changed(KERNELS, *change), "run_step<kSgd, kFloats, true>")
+    library = emulator.build(sources, "runner.cpp")
     found = []
     for seed in range(4):
         job = make([(CHUNK + 1,), (37,)], prev=torch.float32, hyper=hyper_row(MOMENTUM=0.9), measure=ALL, two_pass=True)

@@ -6,7 +6,7 @@
 // Every ticket to measure is then held by a block that runs already and waits for nobody, so the wait ends whatever the
 // size of the grid and whoever else is on the device; the blocks need not all be there at once.
 //
-// No torch header, and no launch by <<<>>>: with other definitions of cuda_runtime.h, this file is plain C++.
+// No torch header, and no launch by <<<>>>: with other definitions of cuda_runtime.h, all of this is plain C++.
 
 #include <cuda_runtime.h>
 
@@ -15,32 +15,22 @@
 #include <cstddef>
 #include <cstring>
 #include <new>
-#include <type_traits>
 
-#include "../halves.h"
 #include "../kernels.h"
+#include "chunk.cuh"
+#include "memory.cuh"
 
-#define LRK_DEVICE __device__ __forceinline__
 #define LRK_ALONE __device__ __attribute__((noinline))  // what one thread does for its block: compiled once, called
 
 namespace lrk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kMaxDevices = 64;
 
 // A chunk is 8192 elements, and twice as many as often as it takes for there to be no more than 8192 chunks (and one
 // for each row): few enough that one block adds up their sums at once.
 constexpr int kChunkBits = 13;
 constexpr int64_t kManyChunks = 8192;
-
-// Which dtypes the rows have: the fewer, the less a kernel has to ask.
-enum Kind {
-  kFloats,    // float32 alone
-  kHalves,    // float32, bfloat16, float16, in any mixture
-  kAnything,  // float64 somewhere
-  kKinds
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the host tells the kernel
@@ -87,292 +77,6 @@ struct Arguments : Header {
 };
 static_assert(sizeof(Arguments) <= kArgumentBytes);
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Memory
-
-LRK_DEVICE unsigned int load_acquire(const unsigned int* p) {
-#if defined(__CUDA_ARCH__)
-  unsigned int x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-#else
-  const unsigned int x = *static_cast<const volatile unsigned int*>(p);
-  __threadfence();
-#endif
-  return x;
-}
-
-LRK_DEVICE void store_release(unsigned int* p, unsigned int x) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
-#else
-  __threadfence();
-  *static_cast<volatile unsigned int*>(p) = x;
-#endif
-}
-
-// What other blocks have written in this launch: past this multiprocessor's own cache.
-LRK_DEVICE double load_fresh(const double* p) {
-#if defined(__CUDA_ARCH__)
-  return __ldcg(p);
-#else
-  return *static_cast<const volatile double*>(p);
-#endif
-}
-
-// How long what is loaded or stored should stay in the cache.
-enum Stay { kUseful, kDone };
-
-#if defined(__CUDA_ARCH__)
-template <class W>
-LRK_DEVICE W load_word(const char* p, Stay stay) {
-  const W* from = reinterpret_cast<const W*>(p);
-  return stay == kDone ? __ldcs(from) : __ldcg(from);
-}
-
-template <class W>
-LRK_DEVICE void store_word(char* p, W word, Stay stay) {
-  W* to = reinterpret_cast<W*>(p);
-  stay == kDone ? __stcs(to, word) : __stcg(to, word);
-}
-#else
-template <int kBytes>
-struct [[gnu::may_alias]] alignas(kBytes) Word {  // as strict about alignment as a GPU, where the compiler looks at it
-  unsigned char bytes[kBytes];
-};
-#endif
-
-// kBytes of one tensor, in registers: as many times 16 bytes as there are, or less than that at once.
-template <int kBytes>
-LRK_DEVICE void load_bytes(const char* p, uint32_t* to, Stay stay) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (kBytes >= 16) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      const uint4 word = load_word<uint4>(p + 16 * i, stay);
-      to[4 * i] = word.x;
-      to[4 * i + 1] = word.y;
-      to[4 * i + 2] = word.z;
-      to[4 * i + 3] = word.w;
-    }
-  } else if constexpr (kBytes == 8) {
-    const uint2 word = load_word<uint2>(p, stay);
-    to[0] = word.x;
-    to[1] = word.y;
-  } else {
-    to[0] = load_word<std::conditional_t<kBytes == 4, unsigned int, unsigned short>>(p, stay);
-  }
-#else
-  (void)stay;
-  constexpr int kEach = kBytes < 16 ? kBytes : 16;
-  if (kEach < 4) to[0] = 0;
-  for (int i = 0; i < kBytes; i += kEach) memcpy(to + i / 4, reinterpret_cast<const Word<kEach>*>(p + i)->bytes, kEach);
-#endif
-}
-
-template <int kBytes>
-LRK_DEVICE void store_bytes(char* p, const uint32_t* from, Stay stay) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (kBytes >= 16) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i)
-      store_word(p + 16 * i, make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]), stay);
-  } else if constexpr (kBytes == 8) {
-    store_word(p, make_uint2(from[0], from[1]), stay);
-  } else {
-    store_word(p, std::conditional_t < kBytes == 4, unsigned int, unsigned short > (from[0]), stay);
-  }
-#else
-  (void)stay;
-  constexpr int kEach = kBytes < 16 ? kBytes : 16;
-  for (int i = 0; i < kBytes; i += kEach) memcpy(reinterpret_cast<Word<kEach>*>(p + i)->bytes, from + i / 4, kEach);
-#endif
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// V neighbours of one tensor, as they are in memory. To load them is one thing and to convert them another, so that the
-// loads of all tensors are under way before the first is waited for.
-
-template <Kind kKind, int V>
-struct Raw {
-  static constexpr int kWords = kKind == kAnything ? 2 * V : V;
-  uint32_t word[kWords];
-
-  LRK_DEVICE void load(const void* memory, Dtype dtype, int32_t index, Stay stay) {
-    const char* p = static_cast<const char*>(memory);
-    if (kKind == kFloats || dtype == kFloat32) return load_bytes<4 * V>(p + 4 * int64_t(index), word, stay);
-    if constexpr (kKind == kAnything)
-      if (dtype == kFloat64) return load_bytes<8 * V>(p + 8 * int64_t(index), word, stay);
-    if constexpr (kKind != kFloats) load_bytes<2 * V>(p + 2 * int64_t(index), word, stay);
-  }
-
-  LRK_DEVICE void store(void* memory, Dtype dtype, int32_t index, Stay stay) const {
-    char* p = static_cast<char*>(memory);
-    if (kKind == kFloats || dtype == kFloat32) return store_bytes<4 * V>(p + 4 * int64_t(index), word, stay);
-    if constexpr (kKind == kAnything)
-      if (dtype == kFloat64) return store_bytes<8 * V>(p + 8 * int64_t(index), word, stay);
-    if constexpr (kKind != kFloats) store_bytes<2 * V>(p + 2 * int64_t(index), word, stay);
-  }
-
-  // N values from the one at `first` on; `first` is known to the compiler, and even where N is.
-  template <class T, int N>
-  LRK_DEVICE void get(Dtype dtype, int first, T (&values)[N]) const {
-    if (kKind == kFloats || dtype == kFloat32) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) values[i] = T(bits_to_float(word[first + i]));
-    } else if (kKind == kAnything && dtype == kFloat64) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const int low = 2 * (first + i) % kWords;
-        const uint64_t bits = word[low] | uint64_t(word[(low + 1) % kWords]) << 32;
-        double value;
-        memcpy(&value, &bits, sizeof value);
-        values[i] = T(value);
-      }
-    } else {
-      const bool brain = dtype == kBFloat16;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const auto half = uint16_t(word[(first + i) / 2] >> (16 * (i % 2)));
-        values[i] = T(brain ? from_bfloat16(half) : from_float16(half));
-      }
-    }
-  }
-
-  // round(value, i) makes 16 bits of values[i].
-  template <class T, int N, class F>
-  LRK_DEVICE void set_halves(int first, const T (&values)[N], F round) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      word[(first + i) / 2] = round(float(values[i]), i);
-      if (i + 1 < N) word[(first + i) / 2] |= uint32_t(round(float(values[(i + 1) % N]), i + 1)) << 16;
-    }
-  }
-
-  template <class T, int N>
-  LRK_DEVICE void set(Dtype dtype, int first, const T (&values)[N]) {
-    if (kKind == kFloats || dtype == kFloat32) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) word[first + i] = float_to_bits(float(values[i]));
-    } else if (kKind == kAnything && dtype == kFloat64) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const auto value = double(values[i]);
-        const int low = 2 * (first + i) % kWords;
-        uint64_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        word[low] = uint32_t(bits);
-        word[(low + 1) % kWords] = uint32_t(bits >> 32);
-      }
-    } else if (dtype == kBFloat16) {
-      set_halves(first, values, [](float x, int) { return to_bfloat16(x); });
-    } else {
-      set_halves(first, values, [](float x, int) { return to_float16(x); });
-    }
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// MEASURE: sums in float64. Where float64 is quick, every product; elsewhere those of a few neighbours in float32 and
-// their sum in float64, unless they might leave float32's range.
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900 && __CUDA_ARCH__ != 1000
-constexpr bool kQuickFloat64 = false;
-#elif defined(LRK_SLOW_FLOAT64)
-constexpr bool kQuickFloat64 = false;
-#else
-constexpr bool kQuickFloat64 = true;
-#endif
-
-template <bool kFull, class A, class T, int V>
-LRK_DEVICE void add_products(A (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V],
-                             bool has_prev, const T (&prev)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const A g = A(grad[i]);
-    sums[kGradSq] = fma(g, g, sums[kGradSq]);
-    sums[kGradAbs] += g < 0 ? -g : g;
-  }
-  if (directed) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const A g = A(grad[i]), d = A(direction[i]);
-      sums[kDotDirection] = fma(g, d, sums[kDotDirection]);
-      sums[kDirectionSq] = fma(d, d, sums[kDirectionSq]);
-    }
-  }
-  if (kFull && has_prev) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const A g = A(grad[i]), q = A(prev[i]), difference = g - q;
-      sums[kDotPrev] = fma(g, q, sums[kDotPrev]);
-      sums[kPrevSq] = fma(q, q, sums[kPrevSq]);
-      sums[kDiffSq] = fma(difference, difference, sums[kDiffSq]);
-    }
-  }
-}
-
-template <bool kFull, class T, int V>
-LRK_DEVICE void add(double (&sums)[kSums], const T (&grad)[V], bool directed, const T (&direction)[V], bool has_prev,
-                    const T (&prev)[V]) {
-  if constexpr (kQuickFloat64 || sizeof(T) == sizeof(double)) {
-    add_products<kFull>(sums, grad, directed, direction, has_prev, prev);
-  } else {
-    float few[kSums] = {};
-    add_products<kFull>(few, grad, directed, direction, has_prev, prev);
-    const auto safe = [&](float square) {
-      return (square > 0x1p-80f && square < 0x1p80f) || (square == 0 && few[kGradAbs] == 0);
-    };
-    bool all = safe(few[kGradSq]) && (!directed || safe(few[kDirectionSq]));
-    if (kFull && has_prev) all = all && safe(few[kPrevSq]) && safe(few[kDiffSq]);
-    if (all) {
-#pragma unroll
-      for (int k = 0; k < (kFull ? kMoveSq : kDotPrev); ++k) sums[k] += double(few[k]);
-    } else {
-      add_products<kFull>(sums, grad, directed, direction, has_prev, prev);
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// One chunk
-
-template <class T>
-struct NoDirection {
-  LRK_DEVICE NoDirection(const double*, float) {}
-};
-
-template <Rule kRule, class T>
-using StepOf = std::conditional_t<kRule == kSgd, SgdStep<T>, AdamWStep<T>>;
-template <Rule kRule, class T>
-using DirectionOf = std::conditional_t<kRule == kSgd, NoDirection<T>, AdamWDirection<T>>;
-
-// What one thread finds out about a chunk for the whole block.
-struct Piece {
-  int64_t begin;
-  int32_t size;
-  double direction_sign;
-  uint32_t key;
-  bool measuring, applying, directed, momentumless, has_prev, moving, at_random;
-};
-
-template <Rule kRule, class T>
-struct Task : Piece {
-  T unscale, scale;
-  StepOf<kRule, T> step;
-  DirectionOf<kRule, T> moved;
-};
-
-template <Rule kRule>
-struct Shared {
-  double control[kRingAt];
-  double multiplier, unscale;
-  unsigned int ticket;
-  bool last, skip, found_inf;
-  Row row;
-  double sums[kWarps][kSums];
-  alignas(16) unsigned char task[sizeof(Task<kRule, double>)];
-};
-
 LRK_DEVICE uint64_t list_word(const Arguments& args, int64_t i) {
   return args.there ? args.there[i] : args.here[i];
 }
@@ -393,17 +97,6 @@ LRK_DEVICE void hyper_of(const Arguments& args, int32_t group, double (&hyper)[k
   }
 }
 
-LRK_ALONE void decide_alone(const Arguments& args, double* control, int rule, bool two_pass) {
-  double hyper[kHypers];
-  hyper_of(args, 0, hyper);
-  decide(control, args.settings, hyper, rule, two_pass);
-}
-
-LRK_ALONE void finish_alone(const Arguments& args, double* control) {
-  const double multiplier = at(args.table, args.table_size, control[kStep]);
-  finish(control, args.settings, args.decay, args.decay_size, args.history, args.history_size, args.lr[0], multiplier);
-}
-
 // The last row whose first chunk is not after this one; rows without elements have the same first chunk as the next.
 LRK_DEVICE int32_t row_with(const Arguments& args, int32_t chunk) {
   int32_t low = 0, high = args.rows;
@@ -417,8 +110,18 @@ LRK_DEVICE int32_t row_with(const Arguments& args, int32_t chunk) {
   return low;
 }
 
-LRK_RULE int64_t size_of(Dtype dtype) {
-  return dtype == kFloat64 ? 8 : (dtype == kFloat32 ? 4 : 2);
+// ---------------------------------------------------------------------------------------------------------------------
+// What one thread does for its block
+
+LRK_ALONE void decide_alone(const Arguments& args, double* control, int rule, bool two_pass) {
+  double hyper[kHypers];
+  hyper_of(args, 0, hyper);
+  decide(control, args.settings, hyper, rule, two_pass);
+}
+
+LRK_ALONE void finish_alone(const Arguments& args, double* control) {
+  const double multiplier = at(args.table, args.table_size, control[kStep]);
+  finish(control, args.settings, args.decay, args.decay_size, args.history, args.history_size, args.lr[0], multiplier);
 }
 
 template <class P>
@@ -464,151 +167,6 @@ LRK_ALONE void prepare(const Arguments& args, Shared<kRule>& shared, int32_t chu
   row.master = advanced(row.master, kFloat32, begin);
   row.prev_read = advanced(row.prev_read, row.prev_dtype, begin);
   row.prev_write = advanced(row.prev_write, row.prev_dtype, begin);
-}
-
-// U times V neighbours, those that are there: load all of them, then measure and apply a few at a time, and store.
-template <Rule kRule, Kind kKind, bool kFull, int V, int U, class T>
-LRK_DEVICE void run_elements(const Row& row, const Task<kRule, T>& task, const StepOf<kRule, T>& step,
-                             const int32_t (&at)[U], const bool (&there)[U], double (&sums)[kSums]) {
-  using Words = Raw<kKind, V>;
-  constexpr int kFew = V < 4 ? V : 4, kOurStates = kRule == kSgd ? 1 : kStates;
-  const bool applying = task.applying, measuring = task.measuring;
-  const auto needs = [&](int k) {  // state k
-    if (!row.states[k] || applying) return row.states[k] != nullptr;
-    if constexpr (kRule == kSgd)
-      return task.directed && !task.momentumless;
-    else
-      return task.directed && (k == 0 || k == (step.amsgrad ? 2 : 1));
-  };
-  const bool has_master = kKind != kFloats && row.master;
-  void* const updated = has_master ? row.master : row.param;
-  const Dtype updated_dtype = has_master ? kFloat32 : row.param_dtype;
-  const Stay stay = applying ? kDone : kUseful;
-
-  Words grads[U], params[U], states[U][kOurStates], prevs[U];
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (!there[u]) continue;
-    grads[u].load(row.grad, row.grad_dtype, at[u], stay);
-    if (applying) params[u].load(updated, updated_dtype, at[u], kUseful);
-#pragma unroll
-    for (int k = 0; k < kOurStates; ++k)
-      if (needs(k)) states[u][k].load(row.states[k], row.state_dtype, at[u], stay);
-    if (kFull && task.has_prev) prevs[u].load(row.prev_read, row.prev_dtype, at[u], stay);
-  }
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (!there[u]) continue;
-    Words rounded;  // of a float32 master
-#pragma unroll
-    for (int few = 0; few < V; few += kFew) {
-      T grad[kFew], state[kOurStates][kFew];
-      grads[u].get(row.grad_dtype, few, grad);
-#pragma unroll
-      for (int i = 0; i < kFew; ++i) grad[i] = grad[i] * task.unscale;
-#pragma unroll
-      for (int k = 0; k < kOurStates; ++k) {
-#pragma unroll
-        for (int i = 0; i < kFew; ++i) state[k][i] = T(0);
-        if (needs(k)) states[u][k].get(row.state_dtype, few, state[k]);
-      }
-      if (measuring) {
-        T prev[kFew] = {}, direction[kFew] = {};
-        if (kFull && task.has_prev) prevs[u].get(row.prev_dtype, few, prev);
-        if (task.directed) {
-#pragma unroll
-          for (int i = 0; i < kFew; ++i) {
-            if constexpr (kRule == kSgd)
-              direction[i] = kFull && task.momentumless ? prev[i] : state[0][i];
-            else
-              direction[i] = task.moved(state[0][i], step.amsgrad ? state[2][i] : state[1][i]);
-          }
-        }
-        add<kFull>(sums, grad, task.directed, direction, task.has_prev, prev);
-      }
-      if (!applying) continue;
-      if (kFull && row.prev_write) prevs[u].set(row.prev_dtype, few, grad);
-      T param[kFew], before[kFew];
-      params[u].get(updated_dtype, few, param);
-#pragma unroll
-      for (int i = 0; i < kFew; ++i) {
-        before[i] = param[i];
-        if constexpr (kRule == kSgd)
-          step(param[i], grad[i] * task.scale, state[0][i]);
-        else
-          step(param[i], grad[i] * task.scale, state[0][i], state[1][i], state[2][i]);
-      }
-      if (kKind != kFloats && task.at_random) {
-        const auto random = [&](int i) { return random_bits(task.key, uint64_t(task.begin + at[u] + few + i)); };
-        if (row.param_dtype == kBFloat16)
-          params[u].set_halves(few, param, [&](float x, int i) { return to_bfloat16_at_random(x, random(i)); });
-        else
-          params[u].set_halves(few, param, [&](float x, int i) { return to_float16_at_random(x, random(i)); });
-      } else {
-        params[u].set(updated_dtype, few, param);
-      }
-      if (kFull && task.moving) {
-        T after[kFew];  // as it will be in memory
-        params[u].get(updated_dtype, few, after);
-#pragma unroll
-        for (int i = 0; i < kFew; ++i) {
-          const double moved = double(after[i]) - double(before[i]);
-          sums[kMoveSq] = fma(moved, moved, sums[kMoveSq]);
-        }
-      }
-      if (has_master) rounded.set(row.param_dtype, few, param);
-#pragma unroll
-      for (int k = 0; k < kOurStates; ++k)
-        if (row.states[k]) states[u][k].set(row.state_dtype, few, state[k]);
-    }
-    if (!applying) continue;
-    params[u].store(updated, updated_dtype, at[u], kUseful);
-    if (has_master) rounded.store(row.param, row.param_dtype, at[u], kUseful);
-#pragma unroll
-    for (int k = 0; k < kOurStates; ++k)
-      if (row.states[k]) states[u][k].store(row.states[k], row.state_dtype, at[u], kDone);
-    if (kFull && row.prev_write) prevs[u].store(row.prev_write, row.prev_dtype, at[u], kDone);
-  }
-}
-
-// How many neighbours make up 16 bytes of the narrowest tensor; where there is float64, of that.
-LRK_RULE constexpr int width_of(Kind kind, bool wide) {
-  return kind == kFloats ? 4 : (kind == kHalves ? 8 : (wide ? 2 : 1));
-}
-
-template <Rule kRule, Kind kKind, bool kFull, class T>
-LRK_DEVICE void run_chunk(const Shared<kRule>& shared, double (&sums)[kSums]) {
-  const Row& row = shared.row;  // read again for each element: registers are dearer than shared memory
-  const Task<kRule, T>& task = *reinterpret_cast<const Task<kRule, T>*>(shared.task);
-  const StepOf<kRule, T> step = task.step;
-  constexpr int V = width_of(kKind, sizeof(T) == sizeof(double));
-  constexpr int U = kRule == kSgd && kKind == kFloats ? 2 : 1;    // so many vectors are under way at once
-  constexpr int S = kRule == kSgd && kKind != kAnything ? 2 : 1;  // and single elements
-  const int32_t size = task.size, head = row.head;
-  const int32_t vectors = head < 0 || size < head ? 0 : (size - head) / V;
-  for (int32_t j = int32_t(threadIdx.x); j < vectors; j += U * kThreads) {
-    int32_t at[U];
-    bool there[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      at[u] = head + (j + u * kThreads) * V;
-      there[u] = u == 0 || j + u * kThreads < vectors;
-    }
-    run_elements<kRule, kKind, kFull, V, U>(row, task, step, at, there, sums);
-  }
-  // The elements before and after the vectors; all of them where the tensors are not aligned alike.
-  const int32_t before = vectors > 0 ? head : 0, scalars = size - vectors * V;
-  for (int32_t j = int32_t(threadIdx.x); j < scalars; j += S * kThreads) {
-    int32_t at[S];
-    bool there[S];
-#pragma unroll
-    for (int u = 0; u < S; ++u) {
-      const int32_t i = j + u * kThreads;
-      at[u] = i < before ? i : i + vectors * V;
-      there[u] = u == 0 || i < scalars;
-    }
-    run_elements<kRule, kKind, kFull, 1, S>(row, task, step, at, there, sums);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

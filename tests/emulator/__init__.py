@@ -53,14 +53,20 @@ def _made(path: Path, *command: str) -> Path:
     return path
 
 
-def changed(text: str, old: str, new: str, times: int = 1) -> str:
-    """Return the text with ``old``, which must be in it so many times, replaced."""
-    assert text.count(old) == times, f"there is {text.count(old)} times {old!r}"
-    return text.replace(old, new)
+def read(path: Path) -> dict[str, str]:
+    """Return what ``build`` takes: the text of a source and those of the headers beside it, by name."""
+    return {file.name: file.read_text() for file in (path, *sorted(path.parent.glob("*.cuh")))}
 
 
-def build(text: str, *parts: str, sanitizers: bool = False) -> Path:
-    """Compile CUDA source, with the scheduler and other ``parts`` of this folder, into a library."""
+def changed(sources: dict[str, str], old: str, new: str) -> dict[str, str]:
+    """Return the sources with ``old``, which must be in them once, replaced."""
+    times = sum(text.count(old) for text in sources.values())
+    assert times == 1, f"there is {times} times {old!r}"
+    return {name: text.replace(old, new) for name, text in sources.items()}
+
+
+def build(sources: dict[str, str], *parts: str, sanitizers: bool = False) -> Path:
+    """Compile the first source, which may include the others, with the scheduler and ``parts`` of this folder."""
     headers = [path.read_text() for path in sorted([*HERE.glob("*.h"), *CSRC.glob("**/*.h")])]
     flags = [*COMMON, *(SANITIZERS if sanitizers else [])]
     objects = []
@@ -68,11 +74,11 @@ def build(text: str, *parts: str, sanitizers: bool = False) -> Path:
         path = BUILD / f"{name}-{_digest(headers, flags, (HERE / name).read_text())}.o"
         objects.append(str(_made(path, *flags, "-c", str(HERE / name))))
     flags += ["-w"] if sanitizers else RACES  # g++ warns of what the sanitizers make of the code
-    name = f"kernels.cu-{_digest(headers, flags, text)}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    copy = BUILD / name
-    copy.write_text(f'#line 1 "kernels.cu"\n{text}')
-    objects.append(str(_made(BUILD / f"{name}.o", *flags, "-x", "c++", "-c", str(copy))))
+    copies = BUILD / _digest(headers, flags, sources)
+    copies.mkdir(parents=True, exist_ok=True)
+    for name, text in sources.items():
+        (copies / name).write_text(text)
+    objects.append(str(_made(copies / "kernels.o", *flags, "-x", "c++", "-c", str(copies / next(iter(sources))))))
     link = [*(SANITIZERS if sanitizers else []), "-shared", "-Wl,-Bsymbolic", *objects]
     return _made(BUILD / f"kernels-{_digest(objects)}.so", *link)
 
@@ -176,7 +182,7 @@ class _Job(ctypes.Structure):
 
 
 class Kernels(Device):
-    """A device with csrc/cuda/kernels.cu; ``run`` takes what ``lrkernels.ops.run_native`` takes.
+    """A device with the kernels of csrc/cuda; ``run`` takes what ``lrkernels.ops.run_native`` takes.
 
     It says that it has so many ``multiprocessors``, so that is how many blocks a launch has at most.
     """

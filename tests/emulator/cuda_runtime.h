@@ -1,4 +1,4 @@
-// CUDA for g++, as far as csrc/cuda/kernels.cu goes: the words of the language here, what they do in emulator.cpp.
+// CUDA for g++, as far as csrc/cuda goes: the words of the language here, what they do in emulator.cpp.
 #pragma once
 
 #include <algorithm>

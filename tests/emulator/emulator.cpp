@@ -2,7 +2,7 @@
 //
 // Every CUDA thread is a fiber, and all of them share one thread of the system; a limited number of blocks is resident,
 // in random order, and the next one starts when one has ended. g++ -fsanitize=thread makes every access to memory in
-// kernels.cu a call to the __tsan_ functions below, which replace the sanitizer's own: each may switch to another fiber
+// csrc/cuda a call to the __tsan_ functions below, which replace the sanitizer's own: each may switch to another fiber
 // of any resident block, and asks whether it is ordered after the accesses that it conflicts with, by barriers,
 // __syncwarp, or a fence, an atomic (or volatile) write, a read of it and a fence. That stands in for weak memory: the
 // values are those of one interleaving, but a program whose values could depend on anything weaker is a race here.

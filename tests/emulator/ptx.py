@@ -319,7 +319,7 @@ class PtxDevice(Device):
     def __init__(self, ptx: str, shared: int, threads: int, seed: int = 0, resident: int = 2) -> None:
         translated = Translator(ptx)
         self.source, self.parameters, self.threads = translated.source, len(translated.parameters), threads
-        super().__init__(build(translated.cpp(shared)), seed, resident)
+        super().__init__(build({"ptx.cu": translated.cpp(shared)}), seed, resident)
 
     def launch(self, blocks: int, arguments: list[int]) -> None:
         """Launch with addresses and integers."""
