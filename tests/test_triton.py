@@ -56,7 +56,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 
-from lrkernels import triton_kernels, triton_layout, triton_runner  # noqa: E402
+from lrkernels import triton_kernels, triton_layout, triton_rules, triton_runner  # noqa: E402
 from lrkernels.triton_runner import TritonRunner, registers  # noqa: E402
 
 
@@ -97,7 +97,7 @@ def functions(module):
 
 def test_rules_are_those_of_rules_py_in_its_order():
     """Made from its source, or written again under the same name; the interpreter's tests compare the results."""
-    source = Path(triton_kernels.__file__).read_text()
+    source = Path(triton_rules.__file__).read_text()
     made = re.findall(r"^(\w+) = _device_function\(rules\.(\w+)\)", source, re.M)
     assert made == [(name, name) for name in ("sgd_step", "adamw_step", "adamw_direction", "mix")]
     order = [name for name in re.findall(r"^(?:def )?(\w+)(?:\(| = _device)", source, re.M) if name in functions(rules)]
