@@ -17,7 +17,7 @@ from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, 
 # ----------------------------------------------------------------------------------------------------------------------
 # APPLY: one parameter. Coefficients are float64 scalars (floats or 0-dim tensors), rounded once to the tensors' dtype.
 #
-# ``triton_kernels.py`` makes device functions of the steps, the direction and ``mix`` from this very source, with
+# ``triton_rules.py`` makes device functions of the steps, the direction and ``mix`` from this very source, with
 # Triton's own of the names below. So these call nothing else but ``to``, and branch with ``if``.
 
 divide, maximum, power, where = torch.true_divide, torch.maximum, torch.pow, torch.where

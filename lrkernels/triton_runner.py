@@ -16,7 +16,8 @@ from torch import Tensor
 from .checks import check
 from .layout import HYPERS, RING_AT, STATS, Count, Hyper, Rule, Setting, Sum, Verb
 from .ops import LISTS, READ_ONLY, listed, run_copies, same_layout, seen
-from .triton_kernels import CHUNK, LAYOUT, Counter, Dtype, Field, step_kernel
+from .triton_kernels import step_kernel
+from .triton_layout import CHUNK, LAYOUT, Counter, Dtype, Field
 
 __all__ = ["TritonRunner", "why_not"]
 

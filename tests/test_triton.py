@@ -56,7 +56,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 
-from lrkernels import triton_kernels, triton_runner  # noqa: E402
+from lrkernels import triton_kernels, triton_layout, triton_rules, triton_runner  # noqa: E402
 from lrkernels.triton_runner import TritonRunner, registers  # noqa: E402
 
 
@@ -97,7 +97,7 @@ def functions(module):
 
 def test_rules_are_those_of_rules_py_in_its_order():
     """Made from its source, or written again under the same name; the interpreter's tests compare the results."""
-    source = Path(triton_kernels.__file__).read_text()
+    source = Path(triton_rules.__file__).read_text()
     made = re.findall(r"^(\w+) = _device_function\(rules\.(\w+)\)", source, re.M)
     assert made == [(name, name) for name in ("sgd_step", "adamw_step", "adamw_direction", "mix")]
     order = [name for name in re.findall(r"^(?:def )?(\w+)(?:\(| = _device)", source, re.M) if name in functions(rules)]
@@ -310,7 +310,7 @@ def test_memory_of_any_alignment():
     )
     runner = TritonRunner(CPU)
     step(here, runner)
-    assert not runner._table.rows[0, triton_kernels.Field.ALIGNED]
+    assert not runner._table.rows[0, triton_layout.Field.ALIGNED]
     assert_same_job(job.run("eager"), here, TRAINED)
     assert_same_decisions(job, here)
 
@@ -607,7 +607,7 @@ def compile_for(target, constants, scaled=None):
     from triton.compiler import ASTSource
 
     kernel = triton_kernels.step_kernel
-    constants = {**constants, "LAYOUT": triton_kernels.LAYOUT}
+    constants = {**constants, "LAYOUT": triton_layout.LAYOUT}
     scaled = constants["AT_RANDOM"] if scaled is None else scaled
     signature, known = {}, {}
     for name in kernel.arg_names:
@@ -691,7 +691,7 @@ def test_one_optimizer_compiles_one_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Elsewhere())
     runner = TritonRunner(CPU)
     runner.nvidia = True
-    for shapes in ([(1,)], [(17,), (3,)], [(16 * triton_kernels.CHUNK,), *[(5,)] * 15], [(3,)] * 16):
+    for shapes in ([(1,)], [(17,), (3,)], [(16 * triton_layout.CHUNK,), *[(5,)] * 15], [(3,)] * 16):
         job = make(shapes, Rule.SGD, hyper=hyper_row(MOMENTUM=0.9), measure=Measure.NORMS)
         job.lr = torch.cat([f64([0.0]), job.lr])[1:]  # eight bytes after what is aligned
         job.table = f64([1.0] * len(shapes))
@@ -724,7 +724,7 @@ class Emulated:
         return functools.partial(self.launch, *grid)
 
     def launch(self, programs, *arguments, num_warps, enable_fp_fusion, LAYOUT, **constants):
-        assert not enable_fp_fusion and LAYOUT == triton_kernels.LAYOUT
+        assert not enable_fp_fusion and LAYOUT == triton_layout.LAYOUT
         found_inf, grad_scale = arguments[6:8]
         assert (found_inf is None) == (grad_scale is None)
         ptx, shared = ptx_for(found_inf is not None, **constants)
