@@ -72,7 +72,9 @@ class FusedOptimizer(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; a parameter is complex, or of a dtype that no kernel computes.
-        RuntimeError: the backend asked for is not available for the parameters' device.
+        TypeError: ``schedule`` is not one, but a function of ``schedules`` that was not called, say.
+        RuntimeError: the backend asked for is not available for the parameters' device; the first step says so where
+            ``"triton"`` is asked for and they are on the CPU, from where they may move.
     """
 
     _rule: ClassVar[Rule]
@@ -415,7 +417,8 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: a gradient or a hyper-parameter cannot be used; nothing has been changed then.
-            RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place; likewise.
+            RuntimeError: a gradient kept by ``prev_grad="swap"`` was changed in place, or the step cannot be captured
+                in a graph; likewise.
         """
         wrapped = getattr(type(self).step, "hooked", None) is True  # by torch, as where a subclass has its own
         if wrapped or not self._is_observed():
@@ -631,8 +634,8 @@ class FusedOptimizer(Optimizer):
         ``step`` (completed updates), ``lr`` (of the first group), ``grad_norm`` and ``grad_norm_l1`` (before clipping),
         ``direction_cosine`` (of this gradient with the previous update's direction), ``alignment`` (dot product with
         the previous gradient) and ``cosine`` (the same over both norms), ``curvature`` (the change of the gradient over
-        the length of the previous move), ``clip`` (the factor on the gradient), ``skipped`` (steps so far that an
-        overflow skipped).
+        the length of the previous move), ``clip`` (the factor on the gradient), ``skipped`` (steps so far that
+        were skipped, by a gradient scaler or ``skip_nonfinite``).
         """
         return self._controller.stats(self._measure, self._options.clipping)
 

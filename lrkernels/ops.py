@@ -28,6 +28,7 @@ from __future__ import annotations
 import operator
 import platform
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,7 @@ from .checks import check
 from .layout import SUMS_AT, Control, Count, Hyper, Measure, Rule, Setting, Sum, Verb
 
 try:
-    from . import _C  # type: ignore[attr-defined]
-
+    _C: Any = import_module("._C", __package__)  # "from . import" would call one that was not built a circular import
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
     _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
     _import_error = ""

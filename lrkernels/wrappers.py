@@ -235,7 +235,8 @@ class Watcher(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: if a gradient is sparse; nothing has been changed then.
+            ValueError: if a gradient is sparse, or ``GALA`` lacks the closure of its ``"same_batch"``; nothing has been
+                changed then.
         """
         loss, probe = self._evaluate(closure)
         work = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
@@ -354,7 +355,8 @@ class Alignment(Watcher):
         max_lr: upper bound of each group's rate (default: none).
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or ``optimizer`` is ``LBFGS``.
+        TypeError: if ``optimizer`` is none of torch's kind.
 
     Every process must see the same gradients, as with ``DistributedDataParallel``. Source: this project.
     """
@@ -416,7 +418,8 @@ class GALA(Watcher):
             is for that.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or ``optimizer`` is ``LBFGS``.
+        TypeError: if ``optimizer`` is none of torch's kind.
 
     Every process must see the same gradients, as with ``DistributedDataParallel``. With ``GradScaler``, which takes no
     closure, only ``"consecutive"`` works.

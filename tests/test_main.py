@@ -185,3 +185,25 @@ def test_bench_runs_the_script_of_the_checkout(tmp_path, monkeypatch, capfd):
 def test_info_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "lrkernels", "info"], capture_output=True, text=True, check=True)
     assert lrkernels.__version__ in run.stdout and "torch" in run.stdout
+
+
+NOT_BUILT = """
+import sys
+
+
+class Missing:
+    def find_spec(name, *_):
+        if name == "lrkernels._C":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing)
+import lrkernels
+
+print(lrkernels.info())
+"""
+
+
+def test_info_says_that_the_kernels_are_not_built():
+    run = subprocess.run([sys.executable, "-c", NOT_BUILT], capture_output=True, text=True, check=True)
+    assert "cpu     eager: not available (ModuleNotFoundError: No module named 'lrkernels._C')" in run.stdout
