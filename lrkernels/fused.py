@@ -191,7 +191,7 @@ class FusedOptimizer(Optimizer):
             self._check_together(self.param_groups)
             self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
-            self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
+            self._hyper_rows = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(rows), HYPERS)
             keys = [self._state_keys(group) for group in self.param_groups]
             if keys != self._keys:  # momentum or amsgrad was switched on
                 self._keys = keys
@@ -210,7 +210,7 @@ class FusedOptimizer(Optimizer):
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
             self._outlive(self._lr)
-            self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+            self._lr = torch.tensor(rates, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:
@@ -692,7 +692,7 @@ class FusedOptimizer(Optimizer):
             for key, value in old.items():
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
-                group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"], device=old["lr"].device))
         restore(self, flat, saved, old_state)
         self._begin_from(control)
         for hook in getattr(self, POST_LOAD).values():

@@ -42,7 +42,7 @@ try:
     from . import _C  # type: ignore[attr-defined]
 
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
-    _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
+    _C.locate([torch.zeros(1, device="cpu"), torch.nn.Parameter(torch.zeros(1, device="cpu"))])
     _import_error = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None

@@ -1,0 +1,103 @@
+"""Torch's global modes around construction, steps and checkpoints: the run is the same run."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import CLOSED_LOOPS, LR
+from conftest import assert_same_bits, gradients, parameters, set_grads, states
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrkernels import FusedAdamW, FusedSGD, schedules
+
+SHAPES = [(3, 5), (7,), (70, 500), ()]
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Overriding(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)  # fills what is made empty with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def warnings_as_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+MODES = {
+    "default_device": lambda: torch.device("meta"),  # whatever is made there by mistake has no values
+    "default_float64": lambda: default_dtype(torch.float64),
+    "default_bfloat16": lambda: default_dtype(torch.bfloat16),
+    "deterministic": deterministic,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch": Dispatching,
+    "function": Overriding,
+    "warnings": warnings_as_errors,
+}
+EVERYTHING = {"max_grad_norm": 1.0, "track": ("grad_norm_l1", "direction", "alignment"), "skip_nonfinite": True}
+RUNS = [
+    pytest.param(FusedSGD, {"momentum": 0.9, **EVERYTHING, "schedule": schedules.cosine(20)}, id="sgd-everything"),
+    pytest.param(FusedAdamW, EVERYTHING, id="adamw-everything"),
+    pytest.param(FusedSGD, {"schedule": CLOSED_LOOPS["gala"]}, id="gala"),
+    pytest.param(FusedSGD, {"prev_grad": "swap", "schedule": CLOSED_LOOPS["alignment-lag1"]}, id="alignment-swap"),
+    pytest.param(FusedAdamW, {"schedule": CLOSED_LOOPS["volsched"], "history_size": None}, id="volsched"),
+]
+
+
+def run(kind, options, built_in, stepped_in, loaded_in):
+    """Return what five steps leave behind, with a checkpoint loaded by a new optimizer after the second."""
+    params = parameters(SHAPES)
+    with built_in():
+        optimizer = kind(params, lr=LR, **options)
+    for step, row in enumerate(gradients(SHAPES, 5)):
+        set_grads(params, row)
+        with stepped_in():
+            optimizer.observe(0.1 * step)
+            optimizer.step()
+        if step == 1:
+            saved = copy.deepcopy(optimizer.state_dict())
+            with loaded_in():
+                optimizer = kind(params, lr=LR, **options)
+                optimizer.load_state_dict(saved)
+    with stepped_in():
+        history, stats = optimizer.history(), dict(optimizer.stats)
+    return params, states(optimizer, params), stats, {key: torch.from_numpy(row) for key, row in history.items()}
+
+
+@pytest.mark.parametrize("around", [0, 1, 2], ids=["construction", "steps", "loading"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize(("kind", "options"), RUNS)
+def test_a_run_under_a_mode_is_the_same_run(kind, options, mode, around, backend):
+    plain = [contextlib.nullcontext] * 3
+    moded = [mode if i == around else contextlib.nullcontext for i in range(3)]
+    options = {**options, "backend": backend}
+    assert_same_bits(run(kind, options, *moded), run(kind, options, *plain))
