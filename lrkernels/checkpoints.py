@@ -165,4 +165,6 @@ def restore(
                 if isinstance(old, Tensor) and old.dtype == value.dtype:
                     optimizer.state[p][key] = old.copy_(value)
                 else:
-                    optimizer.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                    with torch.inference_mode(False):  # or no step outside of it could write to the state
+                        fresh = torch.empty_like(p, dtype=value.dtype)
+                    optimizer.state[p][key] = fresh.copy_(value)

@@ -81,6 +81,7 @@ def settings_row(closed_loop: ClosedLoop | None, given: Mapping[Setting, float])
 class Controller:
     """Holds the control tensor, the settings, the schedule's table and the history ring of one optimizer."""
 
+    @torch.inference_mode(False)  # steps outside of it write to these tensors
     def __init__(
         self,
         open_loop: Callable[[int], float] | None,
