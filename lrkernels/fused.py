@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -163,7 +164,8 @@ class FusedOptimizer(Optimizer):
         try:
             self._check_group(group)
             for p in group["params"]:
-                overlapping = p.layout == torch.strided and any(
+                known = p.layout == torch.strided and not is_lazy(p)
+                overlapping = known and any(
                     stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)
                 )
                 check(not overlapping, "a parameter has several elements in one place; make it dense by .clone()")

@@ -803,6 +803,24 @@ def test_parameters_moved_to_other_memory_or_dtype(backend):
     assert_same_bits(params, twins)
 
 
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_parameters_that_get_their_shape_later(kind, options, backend):
+    model, x = torch.nn.Sequential(torch.nn.LazyLinear(6), torch.nn.LazyLinear(3)), torch.randn(4, 5)
+    optimizer = fused(kind, model.parameters(), options, track=("direction",), backend=backend)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    model(x)
+    params = list(model.parameters())
+    twins = parameters([p.shape for p in params])
+    with torch.no_grad():
+        for p, twin in zip(params, twins, strict=True):
+            twin.copy_(p)
+    grads = gradients([p.shape for p in params], 3)
+    other = train(fused(kind, twins, options, track=("direction",), backend=backend), twins, grads)
+    train(optimizer, params, grads)
+    assert_same_bits([params, dict(optimizer.stats)], [twins, dict(other.stats)])
+
+
 def allocated(backend, kind, options, dtype, **more):
     """Return the bytes that torch allocates in a step, as a fraction of the parameters' own."""
     params = parameters([(1 << 19,)] * 2, dtype)
