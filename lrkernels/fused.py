@@ -346,12 +346,19 @@ class FusedOptimizer(Optimizer):
             plan.entries = list(self.state.values())
 
     def _refuse(self, plan: Plan, grads: list[Tensor | None]) -> None:
-        """Raise for a gradient that no kernel takes, before anything is changed."""
+        """Raise for a gradient or a state that no kernel takes, before anything is changed."""
         name = type(self).__name__
-        for p, grad in zip(plan.params, grads, strict=True):
+        for p, grad, state in zip(plan.params, grads, plan.states, strict=True):
             if grad is None:
                 continue
             shape = tuple(p.shape)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    check(
+                        value.shape == p.shape,
+                        f"a parameter has the shape {shape} now, and its {key} {tuple(value.shape)}; forget its state "
+                        "by optimizer.state.pop(parameter)",
+                    )
             check(
                 grad.layout == torch.strided,
                 f"{name} takes no sparse gradients, and got one of shape {shape}; use sparse=False, or torch.optim",
