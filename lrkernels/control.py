@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import schedules
-from .checks import check
+from .checks import check, on_host
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
 from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, Measure, Setting, Sum
 
@@ -75,7 +75,7 @@ def settings_row(closed_loop: ClosedLoop | None, given: Mapping[Setting, float])
             values[Setting.WINDOW], values[Setting.CAPACITY] = vol.window, vol.capacity
             values[Setting.SENSITIVITY] = vol.sensitivity
             values[Setting.WARMUP_STEPS], values[Setting.WARMUP_START] = vol.warmup_steps, vol.warmup_start
-    return torch.tensor([values[slot] for slot in Setting], dtype=torch.float64, device="cpu")
+    return on_host([values[slot] for slot in Setting], torch.float64)
 
 
 class Controller:
@@ -95,7 +95,7 @@ class Controller:
         self.control = self._fresh(RING_AT + signals)
         self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64, device="cpu")
         self.table = torch.ones(1, dtype=torch.float64, device="cpu")
-        self.decay = torch.tensor(self._decay(), dtype=torch.float64, device="cpu")
+        self.decay = on_host(self._decay(), torch.float64)
         self._tabulated: list[float] = []
         self._tables: list[Tensor] = []  # the shorter ones so far: a captured step has their addresses
         self._signal_given = self._warned = False
@@ -201,6 +201,7 @@ class Controller:
         last = getattr(schedule, "total_steps", None)
         on_gpu = self.device.type == "cuda"
         end = max(step + 1, 2 * done, FIRST_TABLE)
+        values = list(self._tabulated)
         if on_gpu:
             end = max(end, CAPTURED_TABLE if last is None else last + 1)
         for s in range(done, end if last is None else min(end, last + 1)):
@@ -213,11 +214,11 @@ class Controller:
             if not math.isfinite(value):
                 check(s > step, f"the schedule {schedule!r} is {value} at step {s}; bound it")
                 break
-            self._tabulated.append(value)
-        if len(self._tabulated) > done:
+            values.append(value)
+        if len(values) > done:
+            table = on_host(values, torch.float64).to(self.device, non_blocking=True)
             self._tables.append(self.table)
-            table = torch.tensor(self._tabulated, dtype=torch.float64, device="cpu")
-            self.table = table.to(self.device, non_blocking=True)
+            self.table, self._tabulated = table, values
 
     def observe(self, value: float | Tensor) -> None:
         """Take volsched's signal for the coming step; other schedules leave it aside."""

@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import ops, schedules
 from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control, restore, states_to_save
-from .checks import check, check_number, is_real
+from .checks import check, check_number, is_real, on_host
 from .closed_loop import ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
@@ -191,9 +191,9 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups:
                 self._check_group(group)
             self._check_together(self.param_groups)
-            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
-            self._hyper_rows = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(rows), HYPERS)
+            self._hyper_rows = on_host(rows, torch.float64).reshape(len(rows), HYPERS)
+            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             keys = [self._state_keys(group) for group in self.param_groups]
             if keys != self._keys:  # momentum or amsgrad was switched on
                 self._keys = keys
@@ -212,7 +212,7 @@ class FusedOptimizer(Optimizer):
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
             self._outlive(self._lr)
-            self._lr = torch.tensor(rates, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
+            self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 from cases import CLOSED_LOOPS, LR
-from conftest import assert_same_bits, gradients, parameters, set_grads, states
+from conftest import assert_same_bits, everything, gradients, parameters, set_grads, states, train
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,3 +105,28 @@ def test_a_run_under_a_mode_is_the_same_run(kind, options, mode, around, backend
     moded = [mode if i == around else contextlib.nullcontext for i in range(3)]
     options = {**options, "backend": backend}
     assert_same_bits(run(kind, options, *moded), run(kind, options, *plain))
+
+
+@pytest.mark.parametrize("done", [0, 4096], ids=["first", "at_the_table_s_end"])
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_tensors_without_values_are_refused_and_leave_nothing_behind(kind, done, backend):
+    def make(params):
+        optimizer = kind(params, lr=LR, schedule=schedules.exponential(0.9, every=1024), backend=backend)
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["lrkernels_control"][0] = max(0, done - 2)
+        optimizer.load_state_dict(saved)
+        return train(optimizer, params, grads[:2] if done else [])
+
+    grads = gradients(SHAPES, 4)
+    params, twins = parameters(SHAPES), parameters(SHAPES)
+    optimizer, twin = make(params), make(twins)
+    before = everything(optimizer, params)
+    set_grads(params, grads[2])
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=r"^lrkernels: a FakeTensorMode"):
+        optimizer.step()
+    assert everything(optimizer, params) == before
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"^lrkernels: a FakeTensorMode"):
+        kind(params, lr=LR)
+    train(optimizer, params, grads[2:])
+    train(twin, twins, grads[2:])
+    assert everything(optimizer, params) == everything(twin, twins)
