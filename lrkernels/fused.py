@@ -729,6 +729,7 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
         own = {key: self.__dict__[key] for key in _PICKLED}
+        own["_kept"] = self._kept._replace(grads=[x if x is None else x.detach() for x in self._kept.grads])
         return {**super().__getstate__(), **own, "_counts": {p: row.clone() for p, row in self._counts.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """FusedSGD and FusedAdamW against torch's loop, the backends against each other, statistics against float64."""
 
 import collections
+import copy
 import functools
 import itertools
 import math
@@ -780,6 +781,23 @@ def test_a_gradient_that_carries_a_graph(backend):
     FusedSGD([p], 1.0, backend=backend).step()
     assert_same_bits(p, want)
     assert p.grad_fn is None
+
+
+@pytest.mark.parametrize("prev_grad", ["store", "swap", "bfloat16"])
+def test_a_kept_gradient_that_carries_a_graph_is_saved_without(prev_grad, backend):
+    [p], grads = parameters([(5,)]), gradients([(5,)], 3)
+    optimizer = FusedSGD([p], LR, prev_grad=prev_grad, track=("alignment",), backend=backend)
+    for [grad] in grads[:2]:
+        p.grad = grad.requires_grad_() * 1.0
+        optimizer.step()
+    (twin, other), saved = copy.deepcopy((p, optimizer)), copy.deepcopy(optimizer.state_dict())
+    third = torch.nn.Parameter(p.detach().clone())
+    resumed = FusedSGD([third], LR, prev_grad=prev_grad, track=("alignment",), backend=backend)
+    resumed.load_state_dict(saved)
+    runs = [(optimizer, p), (other, twin), (resumed, third)]
+    want, *found = [[train(o, [x], grads[2:]).stats["alignment"], x] for o, x in runs]
+    for each in found:
+        assert_same_bits(each, want)
 
 
 @pytest.mark.parametrize("size", [1, 5])
