@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops, schedules
 from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control, restore, states_to_save
@@ -560,6 +561,11 @@ class FusedOptimizer(Optimizer):
                 found_inf,
                 grad_scale,
             )
+
+        if not self._eager and is_in_torch_dispatch_mode():  # which does not see the kernels write
+            for p, grad in zip(plan.params, grads, strict=True):
+                if grad is not None:
+                    p.copy_(p)  # changes nothing; allow_mutation_on_saved_tensors() saves the old values
 
         if spread is None:
             call(Verb.STEP, here)

@@ -130,3 +130,20 @@ def test_tensors_without_values_are_refused_and_leave_nothing_behind(kind, done,
     train(optimizer, params, grads[2:])
     train(twin, twins, grads[2:])
     assert everything(optimizer, params) == everything(twin, twins)
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_a_backward_pass_after_the_step_may_have_the_old_values(kind, backend):
+    shapes = [(5, 3), (4, 5), (4,)]
+    params = parameters(shapes)
+    optimizer = kind(params, lr=LR, backend=backend)
+    x = torch.randn(2, 3)
+
+    def loss():
+        return torch.tanh(torch.tanh(x @ params[0].T) @ params[1].T).square().sum()
+
+    want = torch.autograd.grad(loss(), params[:2])
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        before = loss()
+        train(optimizer, params, gradients(shapes, 1))
+        assert_same_bits(torch.autograd.grad(before, params[:2]), want)
