@@ -602,7 +602,10 @@ class FusedOptimizer(Optimizer):
     def _versions(self, plan: Plan, tensors: list[Tensor | None]) -> list[int | None]:
         """Return what rises in each when it is changed in place, be it in this process's part alone."""
         if plan.spread is None:
-            return ops.versions(tensors)
+            try:
+                return ops.versions(tensors)
+            except RuntimeError:  # one was made in inference mode
+                pass
         return [None if tensor is None else version(tensor) for tensor in tensors]
 
     def _kept_grads(self, plan: Plan) -> list[Tensor | None]:

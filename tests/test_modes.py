@@ -99,8 +99,6 @@ def run(kind, options, built_in, stepped_in, loaded_in):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize(("kind", "options"), RUNS)
 def test_a_run_under_a_mode_is_the_same_run(kind, options, mode, around, backend):
-    if mode is torch.inference_mode and around == 1:
-        pytest.skip("as with torch's, the states that it makes are written to in it alone")
     plain = [contextlib.nullcontext] * 3
     moded = [mode if i == around else contextlib.nullcontext for i in range(3)]
     options = {**options, "backend": backend}
@@ -147,3 +145,19 @@ def test_a_backward_pass_after_the_step_may_have_the_old_values(kind, backend):
         before = loss()
         train(optimizer, params, gradients(shapes, 1))
         assert_same_bits(torch.autograd.grad(before, params[:2]), want)
+
+
+@pytest.mark.parametrize("stepped_in", [contextlib.nullcontext, torch.inference_mode], ids=["outside", "inside"])
+@pytest.mark.parametrize("more", [{}, {"skip_nonfinite": True}], ids=["one_pass", "skip_nonfinite"])
+@pytest.mark.parametrize("prev_grad", ["store", "swap"])
+def test_gradients_made_in_inference_mode(prev_grad, more, stepped_in, backend):
+    params, twins = parameters(SHAPES), parameters(SHAPES)
+    options = {"track": ("alignment", "direction"), "prev_grad": prev_grad, "backend": backend, **more}
+    optimizer, twin = FusedSGD(params, LR, **options), FusedSGD(twins, LR, **options)
+    for row in gradients(SHAPES, 3):
+        with torch.inference_mode():
+            made = [grad.clone() for grad in row]
+        with stepped_in():
+            train(optimizer, params, [made])
+        train(twin, twins, [row])
+        assert_same_bits([params, dict(optimizer.stats)], [twins, dict(twin.stats)])
