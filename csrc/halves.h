@@ -28,9 +28,12 @@ LRK_RULE float from_float16(uint16_t x) {
   return y;
 #else
   const uint32_t sign = uint32_t(x & 0x8000u) << 16;
-  const uint32_t magnitude = float_to_bits(bits_to_float(uint32_t(x & 0x7fffu) << 13) * 0x1p112f);
   const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return bits_to_float(sign | magnitude | special);
+  // Right for normal numbers; twice it less 2^-14 is right for subnormal ones, and the smaller of the two is right for
+  // all. A subnormal float32 on the way would be zero under torch.set_flush_denormal(True).
+  const float normal = bits_to_float((uint32_t(x & 0x7fffu) << 13) + 0x38000000u);
+  const float subnormal = normal + (normal - 0x1p-14f);
+  return bits_to_float(sign | special | float_to_bits(subnormal < normal ? subnormal : normal));
 #endif
 }
 

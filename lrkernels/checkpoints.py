@@ -140,7 +140,7 @@ def states_to_save(optimizer: FusedOptimizer) -> dict[int, dict[str, Any]]:
         has_prev = counts[Count.HAS_PREV] != 0 or optimizer._rehearsed
         prev = state.get("prev_grad") if kept.get(p) is None else kept[p]
         if has_prev and prev is not None:
-            entry["prev_grad"] = prev
+            entry["prev_grad"] = prev.detach()  # create_graph=True leaves a graph on it
         if entry:
             saved[i] = entry
     return saved
@@ -165,4 +165,6 @@ def restore(
                 if isinstance(old, Tensor) and old.dtype == value.dtype:
                     optimizer.state[p][key] = old.copy_(value)
                 else:
-                    optimizer.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                    with torch.inference_mode(False):  # or no step outside of it could write to the state
+                        fresh = torch.empty_like(p, dtype=value.dtype)
+                    optimizer.state[p][key] = fresh.copy_(value)

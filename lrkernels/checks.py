@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check", "check_number", "check_whole", "is_real", "warn"]
+__all__ = ["check", "check_number", "check_whole", "is_real", "on_host", "warn"]
 
 _INSIDE = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
@@ -34,6 +34,16 @@ def check_whole(name: str, value: Any, low: int) -> None:
     """Raise unless ``value`` is a whole number, at least ``low``."""
     good = isinstance(value, numbers.Integral) and int(value) >= low
     check(good, f"{name} must be a whole number, at least {low}, got {value!r}")
+
+
+def on_host(values: list[Any], dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the CPU, whatever torch's default device; raise where it would have no values."""
+    made = torch.tensor(values, dtype=dtype, device="cpu")
+    check(
+        not hasattr(made, "fake_mode"),
+        "a FakeTensorMode is active, and the step decides by values; go on outside of it",
+    )
+    return made
 
 
 def is_real(value: Tensor) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import schedules
-from .checks import check, warn
+from .checks import check, on_host, warn
 from .closed_loop import AlignmentSchedule, ClosedLoop, GalaSchedule, VolSchedule
 from .layout import RING_AT, STATS, STATS_AT, SUMS_AT, ClosedLoopKind, Control, Measure, Setting, Sum
 
@@ -74,12 +74,13 @@ def settings_row(closed_loop: ClosedLoop | None, given: Mapping[Setting, float])
             values[Setting.WINDOW], values[Setting.CAPACITY] = vol.window, vol.capacity
             values[Setting.SENSITIVITY] = vol.sensitivity
             values[Setting.WARMUP_STEPS], values[Setting.WARMUP_START] = vol.warmup_steps, vol.warmup_start
-    return torch.tensor([values[slot] for slot in Setting], dtype=torch.float64)
+    return on_host([values[slot] for slot in Setting], torch.float64)
 
 
 class Controller:
     """Holds the control tensor, the settings, the schedule's table and the history ring of one optimizer."""
 
+    @torch.inference_mode(False)  # steps outside of it write to these tensors
     def __init__(
         self,
         open_loop: Callable[[int], float] | None,
@@ -91,9 +92,9 @@ class Controller:
         self.settings = settings_row(closed_loop, settings)
         signals = closed_loop.capacity if isinstance(closed_loop, VolSchedule) else 1
         self.control = self._fresh(RING_AT + signals)
-        self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64)
-        self.table = torch.ones(1, dtype=torch.float64)
-        self.decay = torch.tensor(self._decay(), dtype=torch.float64)
+        self.history = torch.full((history_size or PAGE, len(STATS)), math.nan, dtype=torch.float64, device="cpu")
+        self.table = torch.ones(1, dtype=torch.float64, device="cpu")
+        self.decay = on_host(self._decay(), torch.float64)
         self._tabulated: list[float] = []
         self._tables: list[Tensor] = []  # the shorter ones so far: a captured step has their addresses
         self._signal_given = self._warned = False
@@ -108,7 +109,7 @@ class Controller:
         """Return the control tensor of a run that has not begun."""
         loop = self.closed_loop
         start = loop.warmup_start if isinstance(loop, VolSchedule) and loop.warmup_steps > 1 else 1.0
-        control = torch.zeros(size, dtype=torch.float64)
+        control = torch.zeros(size, dtype=torch.float64, device="cpu")
         control[Control.FACTOR] = control[Control.NEXT_FACTOR] = start
         control[Control.CLIP] = control[Control.LENGTH] = 1.0
         control[STATS_AT + 1 : SUMS_AT - 1] = math.nan  # all but the two counts, step and skipped
@@ -196,6 +197,7 @@ class Controller:
         last = getattr(schedule, "total_steps", None)
         on_gpu = self.device.type == "cuda"
         end = max(step + 1, 2 * done, FIRST_TABLE)
+        values = list(self._tabulated)
         if on_gpu:
             end = max(end, CAPTURED_TABLE if last is None else last + 1)
         for s in range(done, end if last is None else min(end, last + 1)):
@@ -208,10 +210,11 @@ class Controller:
             if not math.isfinite(value):
                 check(s > step, f"the schedule {schedule!r} is {value} at step {s}; bound it")
                 break
-            self._tabulated.append(value)
-        if len(self._tabulated) > done:
+            values.append(value)
+        if len(values) > done:
+            table = on_host(values, torch.float64).to(self.device, non_blocking=True)
             self._tables.append(self.table)
-            self.table = torch.tensor(self._tabulated, dtype=torch.float64).to(self.device, non_blocking=True)
+            self.table, self._tabulated = table, values
 
     def observe(self, value: float | Tensor) -> None:
         """Take volsched's signal for the coming step; other schedules leave it aside."""
@@ -235,7 +238,7 @@ class Controller:
         for ring, written in [*self._pages, (self.history.cpu(), self.control[Control.ROWS])]:
             end = int(written)
             start = max(done, end - len(ring))
-            parts.append(ring[torch.arange(start, end) % len(ring)])
+            parts.append(ring[torch.arange(start, end, device="cpu") % len(ring)])
             done = end
         rows = torch.cat(parts)
         return {name: rows[:, STATS.index(name)].numpy().copy() for name in self._names(measure, clipping)}

@@ -104,4 +104,4 @@ class CudaRunner:
 
     @staticmethod
     def _new_pinned(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops, schedules
 from .checkpoints import CONTROL_KEY, MASTER, check_checkpoint, check_control, restore, states_to_save
-from .checks import check, check_number, is_real
+from .checks import check, check_number, is_real, on_host
 from .closed_loop import ClosedLoop, GalaSchedule
 from .closures import gradients_at
 from .control import Controller, Stats
@@ -165,7 +167,8 @@ class FusedOptimizer(Optimizer):
         try:
             self._check_group(group)
             for p in group["params"]:
-                overlapping = p.layout == torch.strided and any(
+                known = p.layout == torch.strided and not is_lazy(p)
+                overlapping = known and any(
                     stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)
                 )
                 check(not overlapping, "a parameter has several elements in one place; make it dense by .clone()")
@@ -191,9 +194,9 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups:
                 self._check_group(group)
             self._check_together(self.param_groups)
-            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             rows = [self._hyper(group) for group in self.param_groups]
-            self._hyper_rows = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), HYPERS)
+            self._hyper_rows = on_host(rows, torch.float64).reshape(len(rows), HYPERS)
+            self._set_rates([0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates])
             keys = [self._state_keys(group) for group in self.param_groups]
             if keys != self._keys:  # momentum or amsgrad was switched on
                 self._keys = keys
@@ -212,7 +215,7 @@ class FusedOptimizer(Optimizer):
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
             self._outlive(self._lr)
-            self._lr = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+            self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:
@@ -346,12 +349,19 @@ class FusedOptimizer(Optimizer):
             plan.entries = list(self.state.values())
 
     def _refuse(self, plan: Plan, grads: list[Tensor | None]) -> None:
-        """Raise for a gradient that no kernel takes, before anything is changed."""
+        """Raise for a gradient or a state that no kernel takes, before anything is changed."""
         name = type(self).__name__
-        for p, grad in zip(plan.params, grads, strict=True):
+        for p, grad, state in zip(plan.params, grads, plan.states, strict=True):
             if grad is None:
                 continue
             shape = tuple(p.shape)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    check(
+                        value.shape == p.shape,
+                        f"a parameter has the shape {shape} now, and its {key} {tuple(value.shape)}; forget its state "
+                        "by optimizer.state.pop(parameter)",
+                    )
             check(
                 grad.layout == torch.strided,
                 f"{name} takes no sparse gradients, and got one of shape {shape}; use sparse=False, or torch.optim",
@@ -555,6 +565,11 @@ class FusedOptimizer(Optimizer):
                 grad_scale,
             )
 
+        if not self._eager and is_in_torch_dispatch_mode():  # which does not see the kernels write
+            for p, grad in zip(plan.params, grads, strict=True):
+                if grad is not None:
+                    p.copy_(p)  # changes nothing; allow_mutation_on_saved_tensors() saves the old values
+
         if spread is None:
             call(Verb.STEP, here)
         else:
@@ -590,7 +605,10 @@ class FusedOptimizer(Optimizer):
     def _versions(self, plan: Plan, tensors: list[Tensor | None]) -> list[int | None]:
         """Return what rises in each when it is changed in place, be it in this process's part alone."""
         if plan.spread is None:
-            return ops.versions(tensors)
+            try:
+                return ops.versions(tensors)
+            except RuntimeError:  # one was made in inference mode
+                pass
         return [None if tensor is None else version(tensor) for tensor in tensors]
 
     def _kept_grads(self, plan: Plan) -> list[Tensor | None]:
@@ -695,7 +713,7 @@ class FusedOptimizer(Optimizer):
             for key, value in old.items():
                 group.setdefault(key, value)
             if isinstance(old["lr"], Tensor):  # the same tensor goes on, for whoever holds it
-                group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = old["lr"].copy_(torch.as_tensor(group["lr"], device=old["lr"].device))
         restore(self, flat, saved, old_state)
         self._begin_from(control)
         for hook in getattr(self, POST_LOAD).values():
@@ -723,6 +741,7 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the next step makes anew."""
         own = {key: self.__dict__[key] for key in _PICKLED}
+        own["_kept"] = self._kept._replace(grads=[x if x is None else x.detach() for x in self._kept.grads])
         return {**super().__getstate__(), **own, "_counts": {p: row.clone() for p, row in self._counts.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

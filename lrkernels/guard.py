@@ -71,7 +71,7 @@ def _load_in_place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict(_copy(saved))
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(lr, Tensor):
-            group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+            group["lr"] = lr.copy_(torch.as_tensor(group["lr"], device=lr.device))
     for i, p in enumerate(flat):
         for key, value in saved["state"].get(i, {}).items():
             old = there[p].get(key)

@@ -42,7 +42,7 @@ from .layout import SUMS_AT, Control, Count, Hyper, Measure, Rule, Setting, Sum,
 try:
     _C: Any = import_module("._C", __package__)  # "from . import" would call one that was not built a circular import
     _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
-    _C.locate([torch.zeros(1), torch.nn.Parameter(torch.zeros(1))])
+    _C.locate([torch.zeros(1, device="cpu"), torch.nn.Parameter(torch.zeros(1, device="cpu"))])
     _import_error = ""
 except (ImportError, AttributeError, ValueError) as error:
     _C = None
@@ -332,10 +332,12 @@ def run_copies(runner: Callable[..., None], uneven: list[int], verbs: int, *argu
         for k, column in enumerate(columns):
             if column is None or column[i] is None or (same_layout(column[i], param) and not column[i].is_neg()):
                 continue
-            original = column[i]
+            original, written = column[i], k not in READ_ONLY
+            shapes = f"entry {i} of list {k} has shape {tuple(original.shape)}, its parameter {tuple(param.shape)}"
+            check(not written or original.shape == param.shape, shapes)
             column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)
             column[i].copy_(original)
-            if k not in READ_ONLY and verbs & Verb.APPLY:
+            if written and verbs & Verb.APPLY:
                 copied.append((original, column[i]))
     runner(verbs, *flags, *columns, *others)  # of one layout now
     for original, copy in copied:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .checkpoints import CONTROL_KEY
-from .checks import check
+from .checks import check, on_host
 from .devices import places_of
 from .distributed import spread_of, where_added_up
 from .layout import Count
@@ -36,7 +36,7 @@ class Plan:
         self.lists = [list(group["params"]) for group in optimizer.param_groups]
         self.params = [p for p, _ in flat]
         self.group_of = [i for _, i in flat]
-        self.groups = torch.tensor(self.group_of, dtype=torch.int32)
+        self.groups = on_host(self.group_of, torch.int32)
         self.devices, self._at = places_of(self.params)
         self.devices = self.devices or [where_added_up(optimizer._options.process_group)]
         self.device = self.devices[0]  # of the small tensors

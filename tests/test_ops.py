@@ -627,6 +627,18 @@ def test_reading_is_exact(half):
 
 
 @needs_native
+def test_a_subnormal_float16_is_no_subnormal_float32_to_be_flushed():
+    patterns = all_patterns(torch.float16)
+    exact = patterns.float()
+    assert torch.set_flush_denormal(True)
+    try:
+        read = kept(patterns, torch.float32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(as_bits(read), as_bits(exact))
+
+
+@needs_native
 @HALVES
 def test_every_parameter_survives_a_step_of_zero(half):
     patterns = all_patterns(half)

@@ -1,6 +1,7 @@
 """FusedSGD and FusedAdamW against torch's loop, the backends against each other, statistics against float64."""
 
 import collections
+import copy
 import functools
 import itertools
 import math
@@ -782,6 +783,23 @@ def test_a_gradient_that_carries_a_graph(backend):
     assert p.grad_fn is None
 
 
+@pytest.mark.parametrize("prev_grad", ["store", "swap", "bfloat16"])
+def test_a_kept_gradient_that_carries_a_graph_is_saved_without(prev_grad, backend):
+    [p], grads = parameters([(5,)]), gradients([(5,)], 3)
+    optimizer = FusedSGD([p], LR, prev_grad=prev_grad, track=("alignment",), backend=backend)
+    for [grad] in grads[:2]:
+        p.grad = grad.requires_grad_() * 1.0
+        optimizer.step()
+    (twin, other), saved = copy.deepcopy((p, optimizer)), copy.deepcopy(optimizer.state_dict())
+    third = torch.nn.Parameter(p.detach().clone())
+    resumed = FusedSGD([third], LR, prev_grad=prev_grad, track=("alignment",), backend=backend)
+    resumed.load_state_dict(saved)
+    runs = [(optimizer, p), (other, twin), (resumed, third)]
+    want, *found = [[train(o, [x], grads[2:]).stats["alignment"], x] for o, x in runs]
+    for each in found:
+        assert_same_bits(each, want)
+
+
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_gradient_with_a_pending_sign(size, backend):  # what complex models leave behind
     [p], grad = parameters([(size,)]), torch.randn(size, dtype=torch.complex64).conj().imag
@@ -801,6 +819,24 @@ def test_parameters_moved_to_other_memory_or_dtype(backend):
         train(optimizer, params, [grads])
         train(loop, twins, [grads])
     assert_same_bits(params, twins)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_parameters_that_get_their_shape_later(kind, options, backend):
+    model, x = torch.nn.Sequential(torch.nn.LazyLinear(6), torch.nn.LazyLinear(3)), torch.randn(4, 5)
+    optimizer = fused(kind, model.parameters(), options, track=("direction",), backend=backend)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    model(x)
+    params = list(model.parameters())
+    twins = parameters([p.shape for p in params])
+    with torch.no_grad():
+        for p, twin in zip(params, twins, strict=True):
+            twin.copy_(p)
+    grads = gradients([p.shape for p in params], 3)
+    other = train(fused(kind, twins, options, track=("direction",), backend=backend), twins, grads)
+    train(optimizer, params, grads)
+    assert_same_bits([params, dict(optimizer.stats)], [twins, dict(other.stats)])
 
 
 def allocated(backend, kind, options, dtype, **more):

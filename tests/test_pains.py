@@ -626,6 +626,23 @@ def test_a_float64_gradient_is_refused_even_where_the_first_arrives_late(dtype, 
     assert params[1] not in optimizer.state
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 5), (1, 5)], ids=str)  # to the last two a state of (5,) could be spread
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_a_parameter_that_has_grown_needs_its_state_forgotten(kind, options, shape, backend):
+    params = parameters([(3,), (5,)])
+    optimizer = train(fused(kind, params, options, backend=backend), params, gradients([(3,), (5,)], 2))
+    params[1].grad = None
+    params[1].data = torch.ones(shape)
+    before, grads = everything(optimizer, params), gradients([(3,), shape], 1)
+    with pytest.raises(ValueError, match=r"^lrkernels: a parameter has the shape .* now, and its .* \(5,\); forget"):
+        train(optimizer, params, grads)
+    assert everything(optimizer, params) == before
+    optimizer.state.pop(params[1])
+    anew = [torch.nn.Parameter(torch.ones(shape))]
+    train(fused(kind, anew, options, backend=backend), anew, [grads[0][1:]])
+    assert_same_bits(train(optimizer, params, grads).param_groups[0]["params"][1:], anew)
+
+
 @native_only
 @pytest.mark.parametrize("layout", ["mkldnn", "sparse"])
 def test_a_state_of_another_layout_is_an_error(layout):
