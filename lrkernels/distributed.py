@@ -37,8 +37,6 @@ def local(tensor: Any) -> Any:
 
 def version(tensor: Tensor) -> int:
     """Return a count that rises when the tensor is changed in place, be it as a whole or in this process's part."""
-    if tensor.is_inference():  # torch does not count
-        return 0
     return tensor._version if not is_spread(tensor) else tensor._version + local(tensor)._version
 
 

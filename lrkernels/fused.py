@@ -565,11 +565,8 @@ class FusedOptimizer(Optimizer):
                 grad_scale,
             )
 
-        if not self._eager and is_in_torch_dispatch_mode():  # which does not see the kernels write
-            for p, grad in zip(plan.params, grads, strict=True):
-                if grad is not None:
-                    p.copy_(p)  # changes nothing; allow_mutation_on_saved_tensors() saves the old values
-
+        if not self._eager and is_in_torch_dispatch_mode():
+            self._announce(plan, grads)
         if spread is None:
             call(Verb.STEP, here)
         else:
@@ -585,6 +582,16 @@ class FusedOptimizer(Optimizer):
         elif prev_read is not None:
             self._keep_grads(plan, grads, may_skip, grad_scale)
 
+    @staticmethod
+    def _announce(plan: Plan, grads: list[Tensor | None]) -> None:
+        """Write each parameter's own values to it, so that a dispatch mode knows: it does not see the kernels write.
+
+        So ``torch.autograd.graph.allow_mutation_on_saved_tensors`` saves the old values for a backward pass.
+        """
+        for p, grad in zip(plan.params, grads, strict=True):
+            if grad is not None:
+                p.copy_(p)
+
     def _keep_grads(self, plan: Plan, grads: list[Tensor | None], may_skip: bool, grad_scale: Tensor | None) -> None:
         """Keep the gradients for the next step; copies of them where they are scaled, or the step may be skipped."""
         if grad_scale is not None or may_skip:
@@ -596,7 +603,12 @@ class FusedOptimizer(Optimizer):
                     old = torch.zeros_like(grad) if old is None else old
                     grad = torch.where(skipped.to(grad.device, non_blocking=True), old, grad)
                 grads[i] = grad
-        versions = self._versions(plan, grads)
+        try:
+            versions = self._versions(plan, grads)
+        except RuntimeError:  # torch does not count the changes of a tensor that was made in inference mode
+            with torch.inference_mode(False):
+                grads = [grad.clone() if grad is not None and grad.is_inference() else grad for grad in grads]
+            versions = self._versions(plan, grads)
         if None in versions:  # where there is no gradient now, the last one stays
             grads = [old if grad is None else grad for old, grad in zip(self._kept.grads, grads, strict=True)]
             versions = self._versions(plan, grads)
@@ -605,10 +617,7 @@ class FusedOptimizer(Optimizer):
     def _versions(self, plan: Plan, tensors: list[Tensor | None]) -> list[int | None]:
         """Return what rises in each when it is changed in place, be it in this process's part alone."""
         if plan.spread is None:
-            try:
-                return ops.versions(tensors)
-            except RuntimeError:  # one was made in inference mode
-                pass
+            return ops.versions(tensors)
         return [None if tensor is None else version(tensor) for tensor in tensors]
 
     def _kept_grads(self, plan: Plan) -> list[Tensor | None]:
