@@ -231,6 +231,8 @@ void run_tile(const Tile<T>& at, const StepRule& step, T scaled, bool measuring,
         const int end = i + kRun < tile.size ? i + kRun : tile.size;
         T made[kRun];
         const T* direction = measuring && directed ? point(rule, tile, i, end - i, made) : nullptr;
+        if (measuring && applying)  // which does not read the parameters: they come meanwhile
+          for (int j = i; j < end; j += kLine / int(sizeof(T))) __builtin_prefetch(tile.param + j, 1);
         for (int j = i; measuring && j < end; j += 2 * kLanes) {
           even.add(tile.grad + j, directed, direction + (j - i), prev, tile.prev + j);
           const int k = j + kLanes;
