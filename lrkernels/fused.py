@@ -241,7 +241,7 @@ class FusedOptimizer(Optimizer):
         self.param_groups[0][CONTROL_KEY] = self._controller.control
         for gone in self._counts.keys() - set(plan.params):
             del self._counts[gone]
-        kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True)}
+        kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True) if p in plan.state}
         found = [kept.get(p, (None, None)) for p in plan.params]
         self._kept = Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
         for i, p in enumerate(plan.params):
@@ -351,12 +351,13 @@ class FusedOptimizer(Optimizer):
     def _refuse(self, plan: Plan, grads: list[Tensor | None]) -> None:
         """Raise for a gradient or a state that no kernel takes, before anything is changed."""
         name = type(self).__name__
-        for p, grad, state in zip(plan.params, grads, plan.states, strict=True):
+        ours = {*self._states, MASTER, "prev_grad", "prev_param"}
+        for p, grad, state, kept in zip(plan.params, grads, plan.states, self._kept.grads, strict=True):
             if grad is None:
                 continue
             shape = tuple(p.shape)
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
+            for key, value in (state if kept is None else {**state, "prev_grad": kept}).items():
+                if isinstance(value, Tensor) and key in ours:
                     check(
                         value.shape == p.shape,
                         f"a parameter has the shape {shape} now, and its {key} {tuple(value.shape)}; forget its state "
