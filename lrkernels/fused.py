@@ -215,7 +215,8 @@ class FusedOptimizer(Optimizer):
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
             self._outlive(self._lr)
-            self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
+            with torch.inference_mode(False):
+                self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:
@@ -229,6 +230,7 @@ class FusedOptimizer(Optimizer):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # steps outside of it write to these tensors
     def _make_plan(self) -> Plan:
         """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
         self._adopt_control()
@@ -379,6 +381,8 @@ class FusedOptimizer(Optimizer):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step, of which neither hooks nor profiler know."""
         loss, probe = None, None
+        if is_in_torch_dispatch_mode():
+            on_host([], torch.float64)  # refuses a FakeTensorMode; the step may make no tensor of its own
         if closure is not None:
             closure = torch.enable_grad()(closure)
             probe = self._gradients_at_last_point(closure) if self._same_batch else None
