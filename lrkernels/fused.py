@@ -279,6 +279,7 @@ class FusedOptimizer(Optimizer):
         self._rehearsed = False
         self._plan = None
 
+    @torch.inference_mode(False)
     def _fill_state(self, plan: Plan, i: int) -> None:
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
         p, group = plan.params[i], self.param_groups[plan.group_of[i]]
@@ -380,9 +381,9 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step, of which neither hooks nor profiler know."""
-        loss, probe = None, None
         if is_in_torch_dispatch_mode():
             on_host([], torch.float64)  # refuses a FakeTensorMode; the step may make no tensor of its own
+        loss, probe = None, None
         if closure is not None:
             closure = torch.enable_grad()(closure)
             probe = self._gradients_at_last_point(closure) if self._same_batch else None

@@ -128,7 +128,7 @@ def test_parameters_made_in_inference_mode_are_stepped_there(backend):
     assert_same_bits([params, states(optimizer, params)], [twins, states(other, twins)])
 
 
-@pytest.mark.parametrize("done", [0, 4096], ids=["first", "at_the_table_s_end"])
+@pytest.mark.parametrize("done", [0, 3000, 4096], ids=["first", "later", "at_the_table_s_end"])
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_tensors_without_values_are_refused_and_leave_nothing_behind(kind, done, backend):
     def make(params):
