@@ -48,6 +48,15 @@ PRE_LOAD, POST_LOAD = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_s
 WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 
 
+def _check_shape(p: Tensor, key: str, value: Tensor) -> None:
+    """Refuse a state that was made for the parameter when it had another shape."""
+    check(
+        value.shape == p.shape,
+        f"a parameter has the shape {tuple(p.shape)} now, and its {key} {tuple(value.shape)}; forget its state by "
+        "optimizer.state.pop(parameter)",
+    )
+
+
 class FusedOptimizer(Optimizer):
     """What the fused optimizers share: schedules, clipping, statistics, checkpoints, and the one call of a step.
 
@@ -361,11 +370,7 @@ class FusedOptimizer(Optimizer):
             shape = tuple(p.shape)
             for key, value in (state if kept is None else {**state, "prev_grad": kept}).items():
                 if isinstance(value, Tensor) and key in ours:
-                    check(
-                        value.shape == p.shape,
-                        f"a parameter has the shape {shape} now, and its {key} {tuple(value.shape)}; forget its state "
-                        "by optimizer.state.pop(parameter)",
-                    )
+                    _check_shape(p, key, value)
             check(
                 grad.layout == torch.strided,
                 f"{name} takes no sparse gradients, and got one of shape {shape}; use sparse=False, or torch.optim",
@@ -511,6 +516,8 @@ class FusedOptimizer(Optimizer):
     def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
         """Return this batch's gradients where the parameters were before the last update."""
         points = {p: state["prev_param"] for p, state in self.state.items() if "prev_param" in state}
+        for p, point in points.items():
+            _check_shape(p, "prev_param", point)
         params = [p for group in self.param_groups for p in group["params"]]
         return gradients_at(points, closure, params) if points else {}
 

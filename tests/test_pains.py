@@ -646,6 +646,27 @@ def test_a_parameter_that_has_grown_needs_its_state_forgotten(kind, options, sha
     assert_same_bits(train(optimizer, params, grads).param_groups[0]["params"][1:], anew)
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 5), ()], ids=str)
+def test_a_parameter_that_has_grown_has_no_last_point(shape, backend):
+    [p], evaluated = parameters([(5,)]), []
+    optimizer = FusedSGD([p], LR, schedule=schedules.gala(), backend=backend)
+
+    def closure():
+        p.grad = torch.ones_like(p)
+        evaluated.append(p.shape)
+
+    optimizer.step(closure)
+    p.grad = None
+    p.data = torch.ones(shape)
+    evaluated.clear()
+    with pytest.raises(ValueError, match=r"^lrkernels: a parameter has the shape .* prev_param \(5,\); forget"):
+        optimizer.step(closure)
+    assert not evaluated and torch.equal(p, torch.ones(shape))
+    optimizer.state.pop(p)
+    optimizer.step(closure)
+    assert not torch.equal(p, torch.ones(shape))
+
+
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
 def test_what_a_user_puts_into_a_state_is_left_alone(kind, options, backend):
     [p], grads = parameters([(3,)]), gradients([(3,)], 3)
