@@ -105,6 +105,14 @@ def test_a_run_under_a_mode_is_the_same_run(kind, options, mode, around, backend
     assert_same_bits(run(kind, options, *moded), run(kind, options, *plain))
 
 
+def test_a_rate_that_is_a_tensor_is_loaded_where_it_is(backend):
+    [p] = parameters([(3,)])
+    optimizer = FusedSGD([p], torch.tensor(LR), backend=backend)
+    with torch.device("meta"):
+        optimizer.load_state_dict(FusedSGD([p], 2 * LR, backend=backend).state_dict())
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(2 * LR)
+
+
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_steps_outside_of_inference_mode_go_on_from_those_inside(kind, backend):
     def steps(first_in):
