@@ -48,6 +48,15 @@ PRE_LOAD, POST_LOAD = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_s
 WARM_UP = "take a step outside of the capture first, with the same gradients and settings"
 
 
+def _check_shape(p: Tensor, key: str, value: Tensor) -> None:
+    """Refuse a state that was made for the parameter when it had another shape."""
+    check(
+        value.shape == p.shape,
+        f"a parameter has the shape {tuple(p.shape)} now, and its {key} {tuple(value.shape)}; forget its state by "
+        "optimizer.state.pop(parameter)",
+    )
+
+
 class FusedOptimizer(Optimizer):
     """What the fused optimizers share: schedules, clipping, statistics, checkpoints, and the one call of a step.
 
@@ -215,7 +224,8 @@ class FusedOptimizer(Optimizer):
         device, old = self._controller.device, self._rates
         if self._lr is None or self._lr.device != device or len(old) != len(rates):
             self._outlive(self._lr)
-            self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
+            with torch.inference_mode(False):
+                self._lr = on_host(rates, torch.float64).to(device, non_blocking=True)
         else:
             for i, (rate, before) in enumerate(zip(rates, old, strict=True)):
                 if rate != before:
@@ -229,6 +239,7 @@ class FusedOptimizer(Optimizer):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # steps outside of it write to these tensors
     def _make_plan(self) -> Plan:
         """Collect the parameters anew: at the first step, and when groups, states or the device have changed."""
         self._adopt_control()
@@ -241,7 +252,7 @@ class FusedOptimizer(Optimizer):
         self.param_groups[0][CONTROL_KEY] = self._controller.control
         for gone in self._counts.keys() - set(plan.params):
             del self._counts[gone]
-        kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True)}
+        kept = {p: (grad, then) for p, grad, then in zip(*self._kept, strict=True) if p in plan.state}
         found = [kept.get(p, (None, None)) for p in plan.params]
         self._kept = Kept(plan.params, [grad for grad, _ in found], [then for _, then in found])
         for i, p in enumerate(plan.params):
@@ -277,6 +288,7 @@ class FusedOptimizer(Optimizer):
         self._rehearsed = False
         self._plan = None
 
+    @torch.inference_mode(False)
     def _fill_state(self, plan: Plan, i: int) -> None:
         """Give parameter ``i`` every state it lacks: zeros, in the parameter's own layout."""
         p, group = plan.params[i], self.param_groups[plan.group_of[i]]
@@ -351,17 +363,14 @@ class FusedOptimizer(Optimizer):
     def _refuse(self, plan: Plan, grads: list[Tensor | None]) -> None:
         """Raise for a gradient or a state that no kernel takes, before anything is changed."""
         name = type(self).__name__
-        for p, grad, state in zip(plan.params, grads, plan.states, strict=True):
+        ours = {*self._states, MASTER, "prev_grad", "prev_param"}
+        for p, grad, state, kept in zip(plan.params, grads, plan.states, self._kept.grads, strict=True):
             if grad is None:
                 continue
             shape = tuple(p.shape)
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
-                    check(
-                        value.shape == p.shape,
-                        f"a parameter has the shape {shape} now, and its {key} {tuple(value.shape)}; forget its state "
-                        "by optimizer.state.pop(parameter)",
-                    )
+            for key, value in (state if kept is None else {**state, "prev_grad": kept}).items():
+                if isinstance(value, Tensor) and key in ours:
+                    _check_shape(p, key, value)
             check(
                 grad.layout == torch.strided,
                 f"{name} takes no sparse gradients, and got one of shape {shape}; use sparse=False, or torch.optim",
@@ -377,6 +386,8 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step, of which neither hooks nor profiler know."""
+        if is_in_torch_dispatch_mode():
+            on_host([], torch.float64)  # refuses a FakeTensorMode; the step may make no tensor of its own
         loss, probe = None, None
         if closure is not None:
             closure = torch.enable_grad()(closure)
@@ -505,6 +516,8 @@ class FusedOptimizer(Optimizer):
     def _gradients_at_last_point(self, closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
         """Return this batch's gradients where the parameters were before the last update."""
         points = {p: state["prev_param"] for p, state in self.state.items() if "prev_param" in state}
+        for p, point in points.items():
+            _check_shape(p, "prev_param", point)
         params = [p for group in self.param_groups for p in group["params"]]
         return gradients_at(points, closure, params) if points else {}
 

@@ -332,12 +332,12 @@ def run_copies(runner: Callable[..., None], uneven: list[int], verbs: int, *argu
         for k, column in enumerate(columns):
             if column is None or column[i] is None or (same_layout(column[i], param) and not column[i].is_neg()):
                 continue
-            original, written = column[i], k not in READ_ONLY
-            shapes = f"entry {i} of list {k} has shape {tuple(original.shape)}, its parameter {tuple(param.shape)}"
-            check(not written or original.shape == param.shape, shapes)
+            original, shape = column[i], tuple(column[i].shape)
+            good = column is columns[1] or original.shape == param.shape  # torch spreads gradients too
+            check(good, f"entry {i} of list {k} has shape {shape}, its parameter {tuple(param.shape)}")
             column[i] = torch.empty_strided(param.shape, param.stride(), dtype=original.dtype, device=param.device)
             column[i].copy_(original)
-            if written and verbs & Verb.APPLY:
+            if k not in READ_ONLY and verbs & Verb.APPLY:
                 copied.append((original, column[i]))
     runner(verbs, *flags, *columns, *others)  # of one layout now
     for original, copy in copied:

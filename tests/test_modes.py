@@ -105,7 +105,38 @@ def test_a_run_under_a_mode_is_the_same_run(kind, options, mode, around, backend
     assert_same_bits(run(kind, options, *moded), run(kind, options, *plain))
 
 
-@pytest.mark.parametrize("done", [0, 4096], ids=["first", "at_the_table_s_end"])
+def test_a_rate_that_is_a_tensor_is_loaded_where_it_is(backend):
+    [p] = parameters([(3,)])
+    optimizer = FusedSGD([p], torch.tensor(LR), backend=backend)
+    with torch.device("meta"):
+        optimizer.load_state_dict(FusedSGD([p], 2 * LR, backend=backend).state_dict())
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(2 * LR)
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_steps_outside_of_inference_mode_go_on_from_those_inside(kind, backend):
+    def steps(first_in):
+        params = parameters(SHAPES)
+        optimizer = kind(params, lr=LR, track="alignment", schedule=schedules.cosine(20), backend=backend)
+        for step, row in enumerate(gradients(SHAPES, 4)):
+            with first_in() if step < 2 else contextlib.nullcontext():
+                train(optimizer, params, [row])
+            optimizer.param_groups[0]["lr"] *= 0.9  # written in place, outside
+        return everything(optimizer, params)
+
+    assert steps(torch.inference_mode) == steps(contextlib.nullcontext)
+
+
+def test_parameters_made_in_inference_mode_are_stepped_there(backend):
+    with torch.inference_mode():
+        params = parameters(SHAPES)
+        optimizer = train(FusedSGD(params, LR, momentum=0.9, backend=backend), params, gradients(SHAPES, 3))
+    twins = parameters(SHAPES)
+    other = train(FusedSGD(twins, LR, momentum=0.9, backend=backend), twins, gradients(SHAPES, 3))
+    assert_same_bits([params, states(optimizer, params)], [twins, states(other, twins)])
+
+
+@pytest.mark.parametrize("done", [0, 3000, 4096], ids=["first", "later", "at_the_table_s_end"])
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_tensors_without_values_are_refused_and_leave_nothing_behind(kind, done, backend):
     def make(params):

@@ -627,7 +627,10 @@ def test_a_float64_gradient_is_refused_even_where_the_first_arrives_late(dtype, 
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 5), (1, 5)], ids=str)  # to the last two a state of (5,) could be spread
-@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*OPTIMIZERS, pytest.param(FusedSGD, {"lr": LR, "track": "alignment", "prev_grad": "swap"}, id="swap")],
+)
 def test_a_parameter_that_has_grown_needs_its_state_forgotten(kind, options, shape, backend):
     params = parameters([(3,), (5,)])
     optimizer = train(fused(kind, params, options, backend=backend), params, gradients([(3,), (5,)], 2))
@@ -641,6 +644,36 @@ def test_a_parameter_that_has_grown_needs_its_state_forgotten(kind, options, sha
     anew = [torch.nn.Parameter(torch.ones(shape))]
     train(fused(kind, anew, options, backend=backend), anew, [grads[0][1:]])
     assert_same_bits(train(optimizer, params, grads).param_groups[0]["params"][1:], anew)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 5), ()], ids=str)
+def test_a_parameter_that_has_grown_has_no_last_point(shape, backend):
+    [p], evaluated = parameters([(5,)]), []
+    optimizer = FusedSGD([p], LR, schedule=schedules.gala(), backend=backend)
+
+    def closure():
+        p.grad = torch.ones_like(p)
+        evaluated.append(p.shape)
+
+    optimizer.step(closure)
+    p.grad = None
+    p.data = torch.ones(shape)
+    evaluated.clear()
+    with pytest.raises(ValueError, match=r"^lrkernels: a parameter has the shape .* prev_param \(5,\); forget"):
+        optimizer.step(closure)
+    assert not evaluated and torch.equal(p, torch.ones(shape))
+    optimizer.state.pop(p)
+    optimizer.step(closure)
+    assert not torch.equal(p, torch.ones(shape))
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_what_a_user_puts_into_a_state_is_left_alone(kind, options, backend):
+    [p], grads = parameters([(3,)]), gradients([(3,)], 3)
+    optimizer = train(fused(kind, [p], options, backend=backend), [p], grads[:1])
+    optimizer.state[p]["seen"] = torch.tensor(1.0)
+    train(optimizer, [p], grads[1:])
+    assert optimizer.state[p]["seen"] == 1.0
 
 
 @native_only
