@@ -197,7 +197,6 @@ class Controller:
         last = getattr(schedule, "total_steps", None)
         on_gpu = self.device.type == "cuda"
         end = max(step + 1, 2 * done, FIRST_TABLE)
-        values = list(self._tabulated)
         if on_gpu:
             end = max(end, CAPTURED_TABLE if last is None else last + 1)
         for s in range(done, end if last is None else min(end, last + 1)):
@@ -210,11 +209,10 @@ class Controller:
             if not math.isfinite(value):
                 check(s > step, f"the schedule {schedule!r} is {value} at step {s}; bound it")
                 break
-            values.append(value)
-        if len(values) > done:
-            table = on_host(values, torch.float64).to(self.device, non_blocking=True)
+            self._tabulated.append(value)
+        if len(self._tabulated) > done:
             self._tables.append(self.table)
-            self.table, self._tabulated = table, values
+            self.table = on_host(self._tabulated, torch.float64).to(self.device, non_blocking=True)
 
     def observe(self, value: float | Tensor) -> None:
         """Take volsched's signal for the coming step; other schedules leave it aside."""
